@@ -1,0 +1,116 @@
+"""Crop, flip, cutout and colour as arithmetic on a batch of uint8 images. Random state, epochs and normalisation are
+not here: `draw` takes a generator, and what it draws is handed to `apply`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CUTOUT_FILL = 122  # grey of 0..255, about CIFAR-10's mean pixel, so that the net sees some zeros after normalising
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601 weights, as in torchvision's rgb_to_grayscale
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of N images; a field is None where that augmentation is off."""
+
+    offsets: Tensor | None = None  # (N, 2) int64 in 0..2 * crop: row and column of the crop in the padded image
+    flips: Tensor | None = None  # (N,) bool
+    centres: Tensor | None = None  # (N, 2) int64 in 0..31: row and column of cutout's centre
+    brightness: Tensor | None = None  # (N,) float32 factors
+    contrast: Tensor | None = None  # (N,) float32 factors
+
+    def __getitem__(self, indices: Tensor) -> "Draws":
+        """The draws of the images at `indices` (B,) int64."""
+        return Draws(*(None if field is None else field[indices] for field in vars(self).values()))
+
+    def to(self, device: torch.device) -> "Draws":
+        return Draws(*(None if field is None else field.to(device) for field in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Which augmentations are applied to training images, each drawn per image and epoch.
+
+    Args:
+        crop: pixels of padding on each side before a random 32x32 crop; 0 is off.
+        pad: what the padding holds: 'zeros' or the image 'reflected'.
+        flip: mirror left to right: 'random' with probability 1/2 in each epoch; 'alternating' flips a random half in
+            the first epoch and each image the other way in every next one (arXiv 2404.00498, section 3.6).
+        cutout: side in pixels of a grey square at a random place, partly outside near the border (arXiv 1708.04552);
+            0 is off.
+        brightness: pixels are multiplied by a factor from [1 - brightness, 1 + brightness]; 0 is off.
+        contrast: distance to the image's mean grey is multiplied by a factor from [1 - contrast, 1 + contrast]; 0 is
+            off.
+    """
+
+    crop: int = 0
+    pad: Literal["zeros", "reflect"] = "zeros"
+    flip: Literal["none", "random", "alternating"] = "none"
+    cutout: int = 0
+    brightness: float = 0.0
+    contrast: float = 0.0
+
+    def draw(self, num_images: int, generator: torch.Generator) -> Draws:
+        """Draws for `num_images` images from a CPU generator; the same state gives the same draws.
+
+        Each field is drawn whether or not it is on, so that switching one augmentation on leaves the others alone.
+        """
+        offsets = torch.randint(2 * self.crop + 1, (num_images, 2), generator=generator)
+        flips = torch.randint(2, (num_images,), generator=generator).bool()
+        centres = torch.randint(32, (num_images, 2), generator=generator)
+        brightness = 1 + self.brightness * (2 * torch.rand(num_images, generator=generator) - 1)
+        contrast = 1 + self.contrast * (2 * torch.rand(num_images, generator=generator) - 1)
+        return Draws(
+            offsets=offsets if self.crop else None,
+            flips=flips if self.flip != "none" else None,
+            centres=centres if self.cutout else None,
+            brightness=brightness if self.brightness else None,
+            contrast=contrast if self.contrast else None,
+        )
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        """Augments images (B, 3, 32, 32) uint8 with their draws; returns the same shape, dtype and device."""
+        if draws.offsets is not None:
+            images = _crop(images, draws.offsets, self.crop, self.pad)
+        if draws.flips is not None:
+            images = torch.where(draws.flips[:, None, None, None], images.flip(3), images)
+        if draws.brightness is not None or draws.contrast is not None:
+            images = _colour(images, draws.brightness, draws.contrast)
+        if draws.centres is not None:
+            images = _cutout(images, draws.centres, self.cutout)
+        return images
+
+
+def _crop(images: Tensor, offsets: Tensor, crop: int, pad: str) -> Tensor:
+    side = images.shape[2]
+    if pad == "zeros":
+        padded = F.pad(images, (crop,) * 4)
+    else:  # F.pad does not reflect uint8
+        reflected = (torch.arange(-crop, side + crop, device=images.device)).abs()
+        reflected = (side - 1) - (side - 1 - reflected).abs()
+        padded = images[:, :, reflected[:, None], reflected]
+    windows = padded.unfold(2, side, 1).unfold(3, side, 1)  # a view: (B, 3, 2 * crop + 1, 2 * crop + 1, side, side)
+    return windows[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
+
+
+def _colour(images: Tensor, brightness: Tensor | None, contrast: Tensor | None) -> Tensor:
+    # rounded down to uint8 after each step, as torchvision's adjust_brightness and adjust_contrast are
+    if brightness is not None:
+        images = (images * brightness[:, None, None, None]).clamp(0, 255).to(torch.uint8)
+    if contrast is not None:
+        red, green, blue = images.float().unbind(1)
+        grey = (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).floor().mean((1, 2))[:, None, None, None]
+        factor = contrast[:, None, None, None]
+        images = (factor * images + (1 - factor) * grey).clamp(0, 255).to(torch.uint8)
+    return images
+
+
+def _cutout(images: Tensor, centres: Tensor, side: int) -> Tensor:
+    pixels = torch.arange(images.shape[2], device=images.device)
+    start = centres - side // 2
+    rows, columns = ((pixels >= start[:, i, None]) & (pixels < start[:, i, None] + side) for i in (0, 1))
+    square = rows[:, None, :, None] & columns[:, None, None, :]
+    return images.masked_fill(square, CUTOUT_FILL)

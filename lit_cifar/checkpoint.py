@@ -1,0 +1,217 @@
+"""Files that must survive: durable checkpoints, the run's folder, finding and reading what a run left. Training logic
+is not here."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_cifar.errors import UserError
+from lit_cifar.files import replaced
+
+RUNS = Path("lightning_logs")
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard in `lightning_logs/version_N`, a folder that no other run gets, or that of the run to resume.
+
+    Args:
+        save_dir: where the folder `lightning_logs` is.
+        version: N of the run to resume; None takes the next free one when it is first asked for.
+        purge_step: TensorBoard forgets what the resumed run wrote at this step and later.
+    """
+
+    def __init__(self, save_dir: str, version: int | None = None, purge_step: int | None = None) -> None:
+        super().__init__(save_dir, name=RUNS.name, version=version, default_hp_metric=False, purge_step=purge_step)
+        self._claimed = version
+
+    @property
+    def version(self) -> int:  # type: ignore[override]
+        """N; taken by making the folder, so that two runs that start at once get different ones."""
+        if rank_zero_only.rank != 0:
+            return 0  # the other ranks are told rank 0's folder, and write nothing
+        while self._claimed is None:
+            runs = Path(self.save_dir) / RUNS
+            version = max((run_version(run) for run in runs.glob("version_*")), default=-1) + 1
+            try:
+                (runs / f"version_{version}").mkdir(parents=True)
+                self._claimed = version
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise UserError(f"cannot make a run's folder in {runs} ({error.strerror}): make it writable") from None
+        return self._claimed
+
+
+def run_version(run: Path) -> int:
+    """N of a folder version_N, -1 of any other."""
+    match = re.fullmatch(r"version_(\d+)", run.name)
+    return int(match[1]) if match else -1
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints beside their final name, onto the disk, and renames them.
+
+    Lightning's own goes through $TMPDIR without fsync, and swallows a PermissionError (fabric/utilities/cloud_io.py).
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        try:
+            with replaced(Path(path)) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise UserError(
+                f"checkpoint {path} could not be written ({reason}); the one before is whole: free space or mend the "
+                f"folder, then go on with --resume {path}"
+            ) from error
+
+
+class Checkpoints(Checkpoint):
+    """Keeps `last.ckpt`, the newest state, and `best.ckpt`, the best in validation, in the run's `checkpoints/`.
+
+    Args:
+        every_n_train_steps: optimiser steps between two saves; the end of each epoch is saved besides.
+        monitor: the logged value that `best.ckpt` follows, where there is validation.
+        mode: whether its largest ('max') or smallest ('min') value is best.
+    """
+
+    def __init__(
+        self, every_n_train_steps: int = 1000, monitor: str = "val/accuracy", mode: Literal["max", "min"] = "max"
+    ) -> None:
+        if every_n_train_steps < 1:
+            raise UserError(f"--checkpoint.every_n_train_steps {every_n_train_steps} must be at least 1")
+        self.every_n_train_steps = every_n_train_steps
+        self.monitor = monitor
+        self.mode = mode
+        self.best_score: float | None = None
+        self._seen_step = 0  # with accumulated gradients, only the first batch end at a step is a step's end
+        self._random_states: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen_step = trainer.global_step
+        if len(self._random_states) == trainer.world_size:  # on other numbers of ranks nobody can continue the draws
+            set_random_state(self._random_states[trainer.global_rank])
+        self._random_states = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._seen_step:
+            return
+        self._seen_step = step
+        # The end of an epoch is saved in on_train_epoch_end. Saved there, a stop in mid-epoch would count as its end.
+        stops = trainer.should_stop or step == trainer.max_steps
+        if (stops or step % self.every_n_train_steps == 0) and not trainer.is_last_batch:
+            self._save(trainer, "last.ckpt")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_last_batch:
+            self._save(trainer, "last.ckpt")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.monitor not in trainer.callback_metrics:
+            names = ", ".join(sorted(trainer.callback_metrics))
+            raise UserError(f"--checkpoint.monitor {self.monitor} is not logged: choose one of {names}")
+        score = float(trainer.callback_metrics[self.monitor])
+        sign = 1 if self.mode == "max" else -1
+        if self.best_score is None or sign * score > sign * self.best_score:
+            self.best_score = score
+            self._save(trainer, "best.ckpt")
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        if trainer.fast_dev_run:
+            return
+        assert trainer.log_dir is not None
+        trainer.save_checkpoint(Path(trainer.log_dir) / "checkpoints" / name)
+
+    def state_dict(self) -> dict[str, Any]:
+        states: list[Any] = [get_random_state()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            states = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, get_random_state())
+        return {"best_score": self.best_score, "random_states": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score = state_dict["best_score"]
+        self._random_states = state_dict["random_states"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for name, weight in checkpoint["state_dict"].items():
+            if weight.is_floating_point() and not bool(weight.isfinite().all()):
+                raise UserError(
+                    f"step {trainer.global_step}: {name} is not finite, so nothing is saved; the last good checkpoint "
+                    "is kept: go on from it with a smaller --lr"
+                )
+
+
+def get_random_state() -> dict[str, Any]:
+    """torch's random state on the CPU and the current GPU, which nets with dropout draw from."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restores what `get_random_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def find_checkpoint(resume: str, save_dir: Path) -> Path:
+    """The checkpoint that `--resume` means: a file, a run's folder, or 'auto' for the newest run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if resume == "auto":
+        runs = sorted((save_dir / RUNS).glob("version_*"), key=run_version, reverse=True)
+        for run in runs:
+            if (run / "checkpoints" / "last.ckpt").is_file():
+                return run / "checkpoints" / "last.ckpt"
+        raise UserError(f"--resume auto: no run in {save_dir / RUNS} has a checkpoint; start one without --resume")
+    path = Path(resume)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise UserError(f"--resume {resume}: no such checkpoint; name a .ckpt file, a run's folder, or 'auto'")
+    return path
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """The run's folder that a checkpoint lies in, version_N/checkpoints/*.ckpt; None for any other place."""
+    run = checkpoint.resolve().parent.parent
+    return run if checkpoint.resolve().parent.name == "checkpoints" and run_version(run) >= 0 else None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint of ours, without running code that may be in the file (weights_only).
+
+    Raises:
+        UserError: it is missing, cut short, or something else.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}; name a .ckpt file") from None
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read ({error.strerror})") from None
+    except Exception as error:  # torch.load raises almost anything on bytes it does not know
+        raise UserError(
+            f"{path} is no checkpoint, or was cut short or damaged ({type(error).__name__}); name another one"
+        ) from None
+    if not isinstance(checkpoint, dict) or not {"state_dict", "lit_cifar"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of lit_cifar; name one from lightning_logs/*/checkpoints")
+    return checkpoint

@@ -1,0 +1,313 @@
+"""The one LightningCLI: short flags, defaults, errors to exit codes. What a command does is in its own module."""
+
+import difflib
+import logging
+import re
+import signal
+import sys
+import warnings
+from argparse import SUPPRESS, Action
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_cifar.callbacks import Dashboard, DeviceShapes, ProgressBar, RunningLoss
+from lit_cifar.checkpoint import Checkpoints, DurableCheckpointIO, RunLogger, run_folder, run_version
+from lit_cifar.data import CIFAR10DataModule
+from lit_cifar.errors import UserError
+from lit_cifar.module import LitClassifier
+
+# short flag: (dotted twin, help)
+SHORT_FLAGS = {
+    "data_dir": ("data.data_dir", "folder, image tree or archive with the images; CIFAR-10 is downloaded into it"),
+    "dataset": ("data.dataset", "cifar10, or shapes: embedded, no download"),
+    "batch_size": ("data.batch_size", "images of one optimiser step, shared by all devices"),
+    "lr": ("model.lr", "learning rate"),
+    "compile": ("model.compile", "compile the net: true or false"),
+    "max_epochs": ("trainer.max_epochs", "passes over the training images"),
+    "devices": ("trainer.devices", "number of devices on each node, or 'auto'"),
+    "num_nodes": ("trainer.num_nodes", "number of nodes"),
+    "accelerator": ("trainer.accelerator", "cpu, gpu, mps, or auto"),
+    "strategy": ("trainer.strategy", "how several devices share the work, ddp by default"),
+    "precision": ("trainer.precision", "number format, e.g. 32-true, bf16-mixed, 16-mixed"),
+    "seed": ("seed_everything", "seed of everything random"),
+}
+TRAINER_DEFAULTS = {
+    "max_epochs": 2,
+    "devices": 1,
+    "log_every_n_steps": 50,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # DeviceLoader shares each batch itself
+}
+OWN_FLAGS = ("resume", "ckpt_path", "output", "trust")  # what to do this once; no part of the config
+TRUSTED = ("lit_cifar.", "torchvision.", "torch.nn.")  # a checkpoint's config may name classes from these by itself
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser with short flags beside the dotted ones, and errors as UserError."""
+
+    typed: list[str] = []  # the command line, for messages
+
+    def add_short_flags(self) -> None:
+        """Gives an option its second spelling, so that both parse, and configs keep the dotted one.
+
+        Not link_arguments, whose target refuses its own flag. Argparse keeps an option's spellings in these two
+        places; tests/test_cli.py pins that.
+        """
+        for short, (dotted, text) in SHORT_FLAGS.items():
+            action = self._find(dotted)
+            action.option_strings = [f"--{short}", *action.option_strings]
+            self._option_string_actions[f"--{short}"] = action
+            action.help = text
+
+    def _find(self, dest: str) -> Action:
+        return next(action for action in self._actions if action.dest == dest)
+
+    def format_help(self) -> str:
+        """Short flags first, then everything."""
+        lines = [
+            f"usage: {self.prog} [--config FILE ...] [--FLAG VALUE ...] [--any.dotted.key VALUE]",
+            "",
+            str(self.description),
+            "",
+            "Flags people use most:",
+        ]
+        own = [action for action in self._actions if action.dest in ("config", *OWN_FLAGS)]
+        rows = [
+            (f"--{action.dest}", str(action.help).split(" (type")[0], None) for action in own if action.help != SUPPRESS
+        ]
+        for short, (dotted, text) in SHORT_FLAGS.items():
+            default = self.get_defaults().get(dotted)
+            rows.append((f"--{short}", f"{text} (default: {default})", dotted))
+        for flag, text, dotted in rows:
+            lines.append(f"  {flag:<14} {text}{f' [--{dotted}]' if dotted else ''}")
+        lines += ["", "--print_config prints every key with its value. All of them:", ""]
+        return "\n".join(lines) + super().format_help()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(self._explain(message)) from None
+
+    def _explain(self, message: str) -> str:
+        """One line out of jsonargparse's, with the flag as typed and, for an unknown one, the nearest."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = re.search(r"[Uu]nrecognized arguments: (.*)", message, re.DOTALL)
+        if unknown:
+            typed = unknown[1].split()[0].split("=")[0]
+            return f"unknown flag {typed}{_nearest(typed, flags)}; --help lists the flags"
+        key = re.search(r"[Kk]ey '([^']*)' is not (?:expected|valid)|No action for key \"([^\"]*)\"", message)
+        if key:
+            name = key[1] or key[2]
+            return f"unknown key {name!r} in the config{_nearest(name, [flag[2:] for flag in flags])}; " + (
+                "--print_config lists the keys"
+            )
+        message = re.sub(r"[Pp]arser key \"([^\"]+)\":", lambda match: f"{self._as_typed(match[1])}:", message)
+        choice = re.search(r"(--\S+): Expected a typing.Literal\[(.*)\]. Got value: (.*)", message, re.DOTALL)
+        if choice:
+            choices = re.findall(r"'([^']*)'", choice[2])
+            return f"{choice[1]}: {choice[3]} is not one of {', '.join(choices)}{_nearest(choice[3], choices)}"
+        message = re.sub(r"<class '([^']*)'>", r"\1", message)
+        return " ".join(message.split())
+
+    def _as_typed(self, dotted: str) -> str:
+        """The spelling of an option in this command line, or else its first."""
+        spellings = next((action.option_strings for action in self._actions if action.dest == dotted), [f"--{dotted}"])
+        return next((flag for flag in spellings if value_of(flag[2:], self.typed) is not None), spellings[-1])
+
+
+def _nearest(typed: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(typed, known, n=1)
+    return f": did you mean {close[0]}?" if close else ""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the run's config.yaml, as it was given with --config it starts the same run anew."""
+
+
+class CLI(LightningCLI):
+    """Parses a command's arguments and makes its trainer, module and data module.
+
+    Args:
+        args: the command line, without the program's name.
+        base: a config, for example a checkpoint's, that the command line is read on top of.
+        resume: path and step of the checkpoint whose run is continued, in the same folder.
+        logs: whether the command makes or continues a run's folder.
+        add_arguments: adds the command's own arguments to the parser.
+    """
+
+    def __init__(
+        self,
+        args: list[str],
+        *,
+        prog: str,
+        description: str,
+        base: dict[str, Any] | None = None,
+        resume: tuple[Path, int] | None = None,
+        logs: bool = True,
+        add_arguments: Callable[[Parser], None] = lambda parser: None,
+    ) -> None:
+        self._args, self._base, self._resume, self._logs = args, base, resume, logs
+        self._add_arguments_of_command = add_arguments
+        quiet_lightning()
+        with warnings.catch_warnings():
+            # LightningCLI advises against `args` when sys.argv is not empty; here they are what was typed
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            super().__init__(
+                LitClassifier,
+                CIFAR10DataModule,
+                save_config_callback=SaveConfig if logs else None,
+                save_config_kwargs={"overwrite": True},  # of a resumed run; others have a folder of their own
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
+                parser_kwargs={"prog": prog, "description": description, "dump_header": [], "allow_abbrev": False},
+                parser_class=Parser,
+                args=args,
+                run=False,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,  # saves objects that weights_only refuses
+            )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        assert isinstance(parser, Parser)
+        parser.typed = self._args
+        parser.add_argument("--seed_everything", type=int, default=0)
+        self._add_arguments_of_command(parser)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        assert isinstance(parser, Parser)
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(RunningLoss, "running_loss")
+        parser.set_defaults({"model.net": {"class_path": "lit_cifar.nets.Net"}})
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.add_short_flags()
+        if self._base:
+            _set_base(parser, self._base)
+
+    def before_instantiate_classes(self) -> None:
+        self.options = {key: self.config.pop(key, None) for key in OWN_FLAGS}
+
+    def instantiate_classes(self) -> None:
+        self.plain_config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        super().instantiate_classes()
+        self.model.config = self.plain_config
+        self.datamodule.trainer = self.trainer
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init["trainer"]
+        interactive = sys.stdout.isatty()
+        overrides: dict[str, Any] = {}
+        if config["enable_progress_bar"] is None:
+            overrides["enable_progress_bar"] = interactive
+        if not self.config["data"]["num_val"]:
+            overrides["limit_val_batches"] = 0
+        overrides["callbacks"] = [*(config["callbacks"] or []), DeviceShapes(), Dashboard()]
+        if overrides.get("enable_progress_bar", config["enable_progress_bar"]):
+            overrides["callbacks"].append(ProgressBar())
+        plugins = config["plugins"] or []
+        overrides["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), DurableCheckpointIO()]
+        if not self._logs:
+            overrides["logger"] = False
+        elif config["logger"] in (None, True):
+            overrides["logger"] = self._run_logger(config["default_root_dir"])
+        if config["enable_checkpointing"] is False:
+            self.parser.callback_keys.remove("checkpoint")
+        try:
+            return super().instantiate_trainer(**{**kwargs, **overrides})
+        except (TypeError, ValueError) as error:  # how Lightning refuses a number of devices, a precision, ...
+            raise UserError(f"the Trainer refuses its settings: {error}") from error
+
+    def _run_logger(self, save_dir: str | None) -> Logger:
+        if self._resume is not None:
+            path, step = self._resume
+            run = run_folder(path)
+            if run is not None:
+                return RunLogger(str(run.parent.parent), version=run_version(run), purge_step=step + 1)
+        return RunLogger(save_dir or ".")
+
+
+def _set_base(parser: Parser, base: dict[str, Any]) -> None:
+    base = {
+        key: value
+        for key, value in base.items()
+        if key in ("seed_everything", "trainer", "model", "data", "checkpoint", "running_loss")
+    }
+    try:
+        parser.set_defaults(_flatten(base, {action.dest for action in parser._actions}))
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"the checkpoint's config does not fit this version: {' '.join(str(error).split())}") from None
+
+
+def _flatten(config: dict[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and dotted not in known:
+            flat.update(_flatten(value, known, f"{dotted}."))
+        else:
+            flat[dotted] = value
+    return flat
+
+
+def checkpoint_config(checkpoint: dict[str, Any], trust: bool) -> dict[str, Any]:
+    """The config that a checkpoint travels with.
+
+    Raises:
+        UserError: it names a class from a package that is not trusted by itself, and `trust` is off: making that
+            class may run code of whoever wrote the file.
+    """
+    config: dict[str, Any] = checkpoint["lit_cifar"].get("config") or {}
+    for class_path in _class_paths(config):
+        if not trust and not class_path.startswith(TRUSTED):
+            raise UserError(
+                f"the checkpoint names the class {class_path}, which runs code of that package: "
+                "add --trust true if you trust the file"
+            )
+    return config
+
+
+def _class_paths(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        own = [value["class_path"]] if isinstance(value.get("class_path"), str) else []
+        return own + [path for inner in value.values() for path in _class_paths(inner)]
+    if isinstance(value, list):
+        return [path for inner in value for path in _class_paths(inner)]
+    return []
+
+
+def value_of(flag: str, args: list[str]) -> str | None:
+    """The value of `--flag value` or `--flag=value`, read before the parser exists; None when it is not given."""
+    for position, arg in enumerate(args):
+        if arg == f"--{flag}":
+            return args[position + 1] if position + 1 < len(args) else None
+        if arg.startswith(f"--{flag}="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+def quiet_lightning() -> None:
+    """Leaves Lightning's warnings, and silences its notes on what it found and how it could be extended."""
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning 2.6.6 asks torch 2.15 in a way that is to go (utilities/_pytree.py:21); users cannot mend it
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+
+
+def run(command: Callable[[list[str]], None]) -> NoReturn:
+    """Runs a command on sys.argv and exits: 0 when done, 2 with one line when the user can mend it."""
+    try:
+        command(sys.argv[1:])
+    except (UserError, MisconfigurationException) as error:
+        if rank_zero_only.rank == 0:
+            sys.stdout.flush()
+            print(f"lit_cifar: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(0)

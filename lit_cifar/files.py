@@ -1,0 +1,52 @@
+"""Files that are whole or absent, whatever happens in between. What is in them is the callers'."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a temporary file beside `path` that takes its place, durably, when the block ends without an error.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; what `path` held is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes `data` to `path`, whole or not at all, and onto the disk before it returns."""
+    with replaced(path) as file:
+        file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings renames in a folder onto the disk; does nothing where folders cannot be opened (Windows)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # not every file system syncs folders
+        pass
+    finally:
+        os.close(handle)

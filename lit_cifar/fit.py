@@ -1,0 +1,111 @@
+"""`python -m lit_cifar.fit`: trains, then tests once. What other commands share is not here."""
+
+import time
+
+_STARTED = time.perf_counter()  # before the imports, which are part of what a run costs
+
+import os  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+from lit_cifar import cli  # noqa: E402
+from lit_cifar.checkpoint import find_checkpoint, read_checkpoint  # noqa: E402
+from lit_cifar.errors import UserError  # noqa: E402
+from lit_cifar.report import print_report, write_results  # noqa: E402
+
+# Settled in the first process and inherited by those that it starts on its node, which must resume the same run.
+RESUME_VARIABLE = "LIT_CIFAR_RESUME"
+
+
+def main(args: list[str]) -> None:
+    """Trains, tests and reports; `args` is the command line without the program's name."""
+    path, checkpoint, base = _resume(args)
+    command = cli.CLI(
+        args,
+        prog="python -m lit_cifar.fit",
+        description="Trains a net on CIFAR-10, then tests it once. Without arguments: PyTorch's CIFAR-10 tutorial.",
+        base=base,
+        resume=(path, checkpoint["global_step"]) if path else None,
+        add_arguments=_add_arguments,
+    )
+    trainer, model, data = command.trainer, command.model, command.datamodule
+    # What can be wrong with the input is found here, before anything is written. Every process does it: locks let one
+    # of them download or decode, and no collective call can time out meanwhile.
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    data.train_batches()
+    model.set_classes(data.classes)
+    if path:
+        model.check_fits(checkpoint)
+        _check_position(checkpoint, command.plain_config)
+    del checkpoint
+
+    fit_started = time.perf_counter()
+    trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True)
+    test_started = time.perf_counter()
+    run = Path(trainer.log_dir or ".")  # asked for on every rank: rank 0 broadcasts it
+    best = run / "checkpoints" / "best.ckpt"
+    select = bool(data.num_val) and best.is_file()
+    trainer.test(model, datamodule=data, ckpt_path=best if select else None, weights_only=True, verbose=False)
+    if not trainer.is_global_zero:
+        return
+    print_report(model.reports["test"])
+    if trainer.fast_dev_run:
+        return
+    seconds = {"fit": test_started - fit_started, "test": time.perf_counter() - test_started}
+    write_results(run / "results.json", _results(command, seconds, "best" if select else "last"))
+    print(f"\nRun: {run}\nDashboards: tensorboard --logdir {run.parent}")
+
+
+def _add_arguments(parser: cli.Parser) -> None:
+    parser.add_argument(
+        "--resume", type=str, default=None, help="go on with a run: 'auto' for the newest, its folder, or a .ckpt file"
+    )
+    parser.add_argument(
+        "--trust", type=bool, default=False, help="true: make classes that a resumed checkpoint names, of any package"
+    )
+
+
+def _resume(args: list[str]) -> tuple[Path | None, dict[str, Any], dict[str, Any] | None]:
+    resume = os.environ.get(RESUME_VARIABLE) or cli.value_of("resume", args)
+    if not resume:
+        return None, {}, None
+    path = find_checkpoint(resume, Path(cli.value_of("trainer.default_root_dir", args) or "."))
+    os.environ[RESUME_VARIABLE] = str(path)
+    checkpoint = read_checkpoint(path)
+    return path, checkpoint, cli.checkpoint_config(checkpoint, trust=cli.value_of("trust", args) == "true")
+
+
+def _check_position(checkpoint: dict[str, Any], config: dict[str, Any]) -> None:
+    """A position in an epoch means something only in the order and batches that it was counted in."""
+    then = checkpoint["lit_cifar"]["config"]
+    for section, key in (("data", "dataset"), ("data", "batch_size"), ("data", "num_val"), ("data", "drop_last")):
+        if then and then[section][key] != config[section][key]:
+            raise UserError(
+                f"--resume: --{key} was {then[section][key]} and is now {config[section][key]}; "
+                "a run goes on with what it began with: leave the flag out"
+            )
+    if then and then["seed_everything"] != config["seed_everything"]:
+        raise UserError(
+            f"--resume: --seed was {then['seed_everything']} and is now {config['seed_everything']}: leave the flag out"
+        )
+
+
+def _results(command: cli.CLI, seconds: dict[str, float], tested: str) -> dict[str, Any]:
+    data, trainer = command.datamodule, command.trainer
+    return {
+        "dataset": data.dataset,
+        "num_train": len(data.train.labels),
+        "num_val": data.num_val,
+        **command.model.reports["test"].results(),
+        "checkpoint": tested,
+        "num_steps": trainer.global_step,
+        "devices": trainer.world_size,
+        "seconds": {**seconds, "total": time.perf_counter() - _STARTED},
+        "seed": command.plain_config["seed_everything"],
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

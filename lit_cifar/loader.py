@@ -1,0 +1,286 @@
+"""Order, sharding and resume: turns a split's resident tensors into batches on the device. Files and Lightning are not
+known here; how pixels change is augment's.
+
+A batch is a pure function of (seed, epoch, position): neither the device, nor the number of ranks, nor the workers,
+nor what ran before have a say in it.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lit_cifar.augment import Augment, Draws
+from lit_cifar.errors import UserError
+from lit_cifar.sources import Split
+
+CHUNK = 512  # images augmented and moved at once when batches are smaller; batch 4 alone costs 4 times as much a step
+
+
+def make_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator whose stream depends on `key` alone, e.g. (seed, epoch, 'order').
+
+    The key is hashed, because torch's CPU generator keeps 32 bits of a seed: (seed << 32) + epoch would lose the seed.
+    """
+    return torch.Generator().manual_seed(_hash(key))
+
+
+def _hash(key: tuple[int | str, ...]) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """The training batches of rank `rank` out of `num_ranks`: its share batch[rank::num_ranks] of each global batch.
+
+    Args:
+        num_images: size N of the training set.
+        batch_size: images in the batch of one optimiser step, over all ranks.
+        seed: with the epoch, decides the order.
+        shuffle: a new order in each epoch; otherwise the set's own.
+        drop_last: leave out the last batch of an epoch when it is shorter than the others.
+
+    Raises:
+        UserError: the ranks cannot share the batch evenly, or it is empty or larger than the set.
+    """
+
+    num_images: int
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+    drop_last: bool = False
+    rank: int = 0
+    num_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_size <= self.num_images:
+            raise UserError(
+                f"--batch_size {self.batch_size} does not fit the {self.num_images} training images: "
+                f"choose 1 to {self.num_images}"
+            )
+        if self.batch_size % self.num_ranks:
+            below = self.batch_size // self.num_ranks * self.num_ranks
+            above = below + self.num_ranks
+            nearest = below if below and self.batch_size - below <= above - self.batch_size else above
+            raise UserError(
+                f"--batch_size {self.batch_size} cannot be shared by {self.num_ranks} devices evenly: "
+                f"the nearest that works is {nearest}"
+            )
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_images, self.batch_size)
+        return full if self.drop_last or not rest else full + 1
+
+    def num_in_batch(self, batch: int) -> int:
+        """Number of images in global batch `batch`, over all ranks."""
+        return min(self.batch_size, self.num_images - batch * self.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """Indices (N,) int64 of the whole epoch, the same on every rank."""
+        if not self.shuffle:
+            return torch.arange(self.num_images)
+        return torch.randperm(self.num_images, generator=make_generator(self.seed, epoch, "order"))
+
+    def shares(self, epoch: int, start: int = 0) -> list[Tensor]:
+        """This rank's indices of each batch from `start` on; in a short last batch a rank may get fewer, or none."""
+        batches = self.order(epoch).split(self.batch_size)
+        return [batch[self.rank :: self.num_ranks] for batch in batches[start : len(self)]]
+
+
+@dataclass(frozen=True)
+class EvalBatches:
+    """Every image once over all ranks, in order; equally many batches on each rank, shares within one image.
+
+    Equal counts matter: in validation DDP broadcasts buffers in each forward and would hang on unequal ones.
+
+    Args:
+        num_images: size N of the set.
+        batch_size: most images in one rank's batch.
+    """
+
+    num_images: int
+    batch_size: int
+    rank: int = 0
+    num_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--data.eval_batch_size {self.batch_size} must be at least 1")
+
+    def __len__(self) -> int:
+        largest_share = -(-self.num_images // self.num_ranks)
+        return -(-largest_share // self.batch_size)
+
+    def shares(self, epoch: int = 0, start: int = 0) -> list[Tensor]:
+        """This rank's indices of each batch, their sizes within one of each other."""
+        mine = torch.arange(self.rank, self.num_images, self.num_ranks)
+        return list(mine.tensor_split(len(self)))[start:]
+
+
+class DeviceLoader:
+    """Yields (images, labels) of each batch on the device: images (B, 3, 32, 32) uint8, labels (B,) int64.
+
+    The split lies on the device as a whole and is indexed and augmented there. With a `transform`, images pass
+    through it one by one in a standard DataLoader instead, in the same order and shares.
+
+    Args:
+        split: images and labels.
+        batches: TrainBatches or EvalBatches, which index it.
+        device: where batches are wanted.
+        augment: built-in augmentation, drawn per image and epoch from (seed, epoch); None for evaluation.
+        transform: maps one uint8 image (3, 32, 32) to another, for example a torchvision v2 transform.
+        num_workers: processes that apply the transform.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batches: TrainBatches | EvalBatches,
+        device: torch.device,
+        augment: Augment | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        self.batches = batches
+        self.device = device
+        self.augment = augment
+        self._epoch = 0
+        self._start = 0  # batch at which the next iteration starts; 0 again after it
+        self._state = {"epoch": 0, "batch": 0}
+        # Lightning looks for `set_epoch` here. There is no `sampler` beside it, because Lightning would then try to
+        # replace it under overfit_batches, and warn.
+        self.batch_sampler = SimpleNamespace(sampler=self)
+        if transform is None:
+            self.images, self.labels = split.images.to(device), split.labels.to(device)
+            self._workers = None
+        else:
+            dataset = _Transformed(split, transform, getattr(batches, "seed", 0))
+            _check_transformed(dataset[(0, 0)][0], split.images[0])
+            self._keys = _Keys()
+            self._workers = DataLoader(
+                dataset,
+                batch_sampler=self._keys,
+                collate_fn=_collate,
+                num_workers=num_workers,
+                persistent_workers=num_workers > 0,
+                pin_memory=device.type == "cuda",
+                generator=torch.Generator(),  # or each iterator would draw from the global state that nets draw from
+            )
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch, also when resuming in its middle."""
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose order is given next; a position loaded for another epoch is forgotten."""
+        if epoch != self._epoch:
+            self._epoch, self._start = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """{"epoch", "batch"}: batches of the epoch already given, the same on every rank."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues at a position from `state_dict`, on any number of ranks."""
+        self._epoch, self._start = state["epoch"], state["batch"]
+        self._state = dict(state)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # A generator reads epoch and start at the first `next`: Lightning loads the state, calls iter(), and sets the
+        # epoch after that (pytorch-lightning issue 21938).
+        epoch, start = self._epoch, self._start
+        self._start = 0
+        chunks = self._from_device(epoch, start) if self._workers is None else self._from_workers(epoch, start)
+        for batch, images_and_labels in enumerate(chunks, start):
+            self._state = {"epoch": epoch, "batch": batch + 1}
+            yield images_and_labels
+
+    def _from_device(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        shares = self.batches.shares(epoch, start)
+        draws = self._draws(epoch)
+        first = 0
+        while first < len(shares):
+            chunk = shares[first : first + max(1, CHUNK // max(1, len(shares[first])))]
+            indices = torch.cat(chunk).to(self.device)
+            images, labels = self.images.index_select(0, indices), self.labels.index_select(0, indices)
+            if self.augment is not None:
+                images = self.augment.apply(images, draws[indices])
+            sizes = [len(share) for share in chunk]
+            yield from zip(images.split(sizes), labels.split(sizes), strict=True)
+            first += len(chunk)
+
+    def _draws(self, epoch: int) -> Draws:
+        if self.augment is None:
+            return Draws()
+        seed, num_images = getattr(self.batches, "seed", 0), len(self.labels)
+        draws = self.augment.draw(num_images, make_generator(seed, epoch, "augment"))
+        if self.augment.flip == "alternating":
+            first_flips = self.augment.draw(num_images, make_generator(seed, 0, "augment")).flips
+            assert first_flips is not None
+            draws = Draws(**{**vars(draws), "flips": first_flips ^ bool(epoch % 2)})
+        return draws.to(self.device)
+
+    def _from_workers(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self._workers is not None
+        self._keys.batches = [
+            [(epoch, index) for index in share.tolist()] for share in self.batches.shares(epoch, start)
+        ]
+        for images, labels in self._workers:
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class _Keys:
+    """Batch sampler of (epoch, index) keys, so that a worker needs no more than the key to know its random state."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Transformed(Dataset[tuple[Tensor, Tensor]]):
+    """Applies a transform to the image of a key (epoch, index), with random state from (seed, epoch, index)."""
+
+    def __init__(self, split: Split, transform: Callable[[Tensor], Tensor], seed: int) -> None:
+        self.split, self.transform, self.seed = split, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, index = key
+        state: tuple[Any, ...] = random.getstate()
+        numpy_state = np.random.get_state()
+        with torch.random.fork_rng(devices=[]):  # the main process's own random state stays as it was
+            image_seed = _hash((self.seed, epoch, index, "transform"))
+            torch.manual_seed(image_seed)
+            random.seed(image_seed)
+            np.random.seed(image_seed)
+            image = self.transform(self.split.images[index])
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+        return image, self.split.labels[index]
+
+
+def _collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if not samples:  # a rank's share of a short last batch may be empty
+        return torch.empty(0, 3, 32, 32, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+def _check_transformed(image: object, original: Tensor) -> None:
+    if not isinstance(image, Tensor) or image.dtype != original.dtype or image.shape != original.shape:
+        given = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise UserError(
+            f"--data.transform gave {given} where {original.dtype} {tuple(original.shape)} is needed: "
+            "leave scaling and normalising to the model"
+        )

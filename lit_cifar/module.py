@@ -1,0 +1,264 @@
+"""LitClassifier: forward, the steps, the metrics, the optimiser. Layers, pictures and files are elsewhere.
+
+B images in a batch, K classes. Images are (B, 3, 32, 32) uint8 0..255 until LitClassifier.forward.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from lit_cifar.errors import UserError
+from lit_cifar.loader import DeviceLoader
+from lit_cifar.optim import Schedule, lr_factor
+from lit_cifar.report import Report
+
+Batch = tuple[Tensor, Tensor]
+
+
+class LitClassifier(LightningModule):
+    """Any net that maps images to logits, with cross-entropy, SGD and exact metrics.
+
+    Args:
+        net: maps normalised images (B, 3, 32, 32) to logits (B, K).
+        lr: base learning rate of SGD.
+        momentum: momentum of SGD.
+        weight_decay: L2 penalty of SGD.
+        nesterov: Nesterov's form of momentum.
+        label_smoothing: share of the target spread evenly over all classes, 0 to 1 (arXiv 1512.00567).
+        schedule: course of the learning rate over all steps: 'constant', 'cosine' to 0, or 'onecycle'.
+        warmup: share of the steps in which the rate rises, 0 to 1.
+        mean: subtracted from pixels scaled to [0, 1], per channel; travels in the checkpoint.
+        std: then divides them; travels in the checkpoint.
+        compile: compile the net with torch.compile; its names in the checkpoint stay the same.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        net: nn.Module,
+        lr: float = 0.001,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        label_smoothing: float = 0.0,
+        schedule: Schedule = "constant",
+        warmup: float = 0.0,
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        for flag, value, valid in (
+            ("lr", lr, lr >= 0),
+            ("momentum", momentum, 0 <= momentum < 1),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1),
+            ("warmup", warmup, 0 <= warmup <= 1),
+            ("std", std, min(std) > 0),
+        ):
+            if not valid:
+                raise UserError(f"--model.{flag} {value} is out of range; see --help")
+        if nesterov and not momentum:
+            raise UserError("--model.nesterov true needs --model.momentum above 0")
+        self.net = net
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.nesterov = nesterov
+        self.label_smoothing = label_smoothing
+        self.schedule: Schedule = schedule
+        self.warmup = warmup
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.compile_net = compile
+        self.classes: tuple[str, ...] = ()
+        self.config: dict[str, Any] = {}  # what the command line made of it, plain values; travels in the checkpoint
+        self.running_loss: float | None = None  # mean over the newest steps, for whoever shows it
+        self.reports: dict[str, Report] = {}  # of the stages 'val' and 'test', newest
+        self.example_input_array = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # for TensorBoard's graph
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images (B, 3, 32, 32) uint8 0..255 to logits (B, K): scales, normalises, applies the net."""
+        images = images.to(self.mean.dtype).div_(255)
+        logits: Tensor = self.net((images - self.mean) / self.std)
+        return logits
+
+    def setup(self, stage: str) -> None:
+        """Learns the classes from the data module; makes one confusion matrix and one loss a stage.
+
+        Raises:
+            UserError: the net gives another number of logits than there are classes.
+        """
+        self.set_classes(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
+        if self.compile_net:
+            self.net.compile()
+        if stage == "fit" and self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
+            # so that statistics are those of the whole batch, as on one device; not available on the CPU
+            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+
+    def set_classes(self, classes: tuple[str, ...]) -> None:
+        """Names the K classes; called again with the same ones it changes nothing.
+
+        Raises:
+            UserError: the net gives another number of logits.
+        """
+        if classes == self.classes:
+            return
+        num_logits = self._count_logits()
+        if num_logits != len(classes):
+            raise UserError(
+                f"{type(self.net).__name__} gives {num_logits} logits but the data has {len(classes)} classes: "
+                f"set --model.net.num_classes {len(classes)}"
+            )
+        self.classes = classes
+        # registered late, since torchmetrics sizes them by the number of classes; their states are not checkpointed
+        self.confusions = nn.ModuleDict(
+            {s: MulticlassConfusionMatrix(len(classes), validate_args=False) for s in ("val", "test")}
+        )
+        self.losses = nn.ModuleDict({stage: SummedLoss() for stage in ("val", "test")})
+        self.to(self.mean.device)
+
+    @torch.no_grad()
+    def _count_logits(self) -> int:
+        training = self.net.training
+        self.net.eval()
+        logits = self(self.example_input_array.to(self.mean.device))  # type: ignore[union-attr]
+        self.net.train(training)
+        return int(logits.shape[1])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of this rank's share, scaled so that the ranks' mean is the mean over the whole batch."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing, reduction="sum")
+        return loss / self._mean_share(labels, batch_idx)
+
+    def _mean_share(self, labels: Tensor, batch_idx: int) -> float:
+        # DDP averages gradients over ranks, whose shares of a short last batch differ by one
+        num_ranks, loader = self.trainer.world_size, self.trainer.train_dataloader
+        if num_ranks == 1 or not isinstance(loader, DeviceLoader):
+            return len(labels)
+        return loader.batches.num_in_batch(batch_idx) / num_ranks
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.confusions[stage].update(logits.argmax(1), labels)
+        self.losses[stage].update(logits, labels)
+
+    def _report(self, stage: str) -> None:
+        confusion, loss = self.confusions[stage].compute(), self.losses[stage].compute()  # summed over ranks
+        self.confusions[stage].reset()
+        self.losses[stage].reset()
+        report = Report(confusion.cpu(), loss.item(), self.classes)
+        if self.trainer.sanity_checking:
+            return
+        self.reports[stage] = report
+        metrics = {f"{stage}/{name}": value for name, value in report.scalars().items()}
+        # every rank has the same values: max is exact where Lightning's mean over ranks would round
+        self.log_dict(metrics, logger=False, sync_dist=True, reduce_fx="max")
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.SGD(
+            [{"params": list(self.net.parameters()), "name": "net"}],
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+        )
+        if self.schedule == "constant" and not self.warmup:
+            return optimizer
+        num_steps = self._num_steps()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(step, num_steps, self.schedule, self.warmup)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _num_steps(self) -> int:
+        """Optimiser steps of the whole training.
+
+        Not trainer.estimated_stepping_batches: asked for here, it makes Lightning 2.6 forget the loader's position on
+        resume (pytorch-lightning issue 20550).
+        """
+        trainer = self.trainer
+        num_batches = len(trainer.datamodule.train_batches())  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
+        num_batches = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+        limits = []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            limits.append(trainer.max_epochs * -(-num_batches // trainer.accumulate_grad_batches))
+        if trainer.max_steps >= 0:
+            limits.append(trainer.max_steps)
+        if not limits:
+            raise UserError(f"--model.schedule {self.schedule} needs an end: set --max_epochs or --trainer.max_steps")
+        return max(1, min(limits))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lit_cifar"] = {"classes": list(self.classes), "config": self.config}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_fits(checkpoint)
+
+    def check_fits(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that a checkpoint's weights and classes are this module's.
+
+        Raises:
+            UserError: they are another net's, or its classes are not the data's.
+        """
+        theirs = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        ours = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                raise UserError(
+                    f"the checkpoint does not fit {type(self.net).__name__}: {name} is {theirs.get(name, 'missing')} "
+                    f"in the file and {ours.get(name, 'missing')} in the net; name the file's net with --model.net"
+                )
+        classes = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
+        if classes and self.classes and classes != self.classes:
+            raise UserError(
+                f"the checkpoint's classes ({', '.join(classes)}) are not the data's ({', '.join(self.classes)}): "
+                "use the data it was trained on"
+            )
+
+
+class SummedLoss(Metric):
+    """Mean cross-entropy over all images of all ranks: a float64 sum and an integer count, divided last."""
+
+    full_state_update = False
+    total: Tensor
+    num_images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds the losses of logits (B, K) for labels (B,)."""
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        self.total += losses.double().sum()
+        self.num_images += len(labels)
+
+    def compute(self) -> Tensor:
+        return self.total / self.num_images

@@ -1,0 +1,112 @@
+"""What a finished stage says: accuracies from the confusion matrix, as a table and as results.json. Nothing is counted
+here: counts come from the module's metrics."""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lit_cifar
+from lit_cifar.files import write_durably
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is read from one confusion matrix, so that no two figures can disagree.
+
+    Args:
+        confusion: (K, K) integers, rows true and columns predicted; its sum is the number of images.
+        loss: mean cross-entropy.
+        classes: names of the K classes.
+    """
+
+    confusion: Tensor
+    loss: float
+    classes: tuple[str, ...]
+
+    @property
+    def num_images(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def num_correct(self) -> int:
+        return int(self.confusion.diag().sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images classified right, 0 to 1."""
+        return self.num_correct / max(1, self.num_images)
+
+    @property
+    def per_class_accuracy(self) -> dict[str, float]:
+        """Share of each class's images classified right, 0 to 1; 0 for a class without images."""
+        right, total = self.confusion.diag().double(), self.confusion.sum(1)
+        return dict(zip(self.classes, (right / total.clamp(min=1)).tolist(), strict=True))
+
+    def scalars(self) -> dict[str, float]:
+        """Values by name for TensorBoard: loss, accuracy and accuracy/<class>."""
+        per_class = {f"accuracy/{name}": value for name, value in self.per_class_accuracy.items()}
+        return {"loss": self.loss, "accuracy": self.accuracy, **per_class}
+
+    def table(self) -> str:
+        """Lines for people: overall accuracy in per cent, then an aligned table of the classes'."""
+        width = max(len("class"), *map(len, self.classes))
+        lines = [
+            f"Accuracy on the {self.num_images:,} test images: {100 * self.accuracy:.2f} %",
+            "",
+            f"{'class':<{width}}  accuracy  correct  images",
+        ]
+        totals = self.confusion.sum(1).tolist()
+        rights = self.confusion.diag().tolist()
+        for (name, accuracy), right, total in zip(self.per_class_accuracy.items(), rights, totals, strict=True):
+            lines.append(f"{name:<{width}}  {100 * accuracy:6.2f} %  {right:7,}  {total:6,}")
+        return "\n".join(lines)
+
+    def results(self) -> dict[str, Any]:
+        """The part of results.json that the confusion matrix decides."""
+        return {
+            "num_test": self.num_images,
+            "accuracy": self.accuracy,
+            "per_class_accuracy": self.per_class_accuracy,
+            "confusion_matrix": self.confusion.tolist(),
+            "loss": self.loss,
+        }
+
+
+def print_report(report: Report) -> None:
+    """Prints the accuracies for people, on standard output."""
+    print(f"\n{report.table()}")
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Writes results.json, with what it was measured with, whole or not at all."""
+    results = {**results, "versions": versions(), "commit": commit()}
+    write_durably(path, (json.dumps(results, indent=2) + "\n").encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions that a figure depends on."""
+    import lightning
+    import torchmetrics
+    import torchvision
+
+    packages = {m.__name__: str(m.__version__) for m in (lit_cifar, torch, torchvision, lightning, torchmetrics)}
+    return {"python": platform.python_version(), **packages}
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package runs from, '-dirty' behind it when it was changed; None outside one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", os.fspath(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
