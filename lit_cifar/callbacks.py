@@ -15,6 +15,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lit_cifar.errors import UserError
+from lit_cifar.loader import DeviceLoader, TrainBatches
+from lit_cifar.module import LitClassifier
 
 
 class RunningLoss(Callback):
@@ -38,11 +40,13 @@ class RunningLoss(Callback):
         self._logged_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._losses = torch.empty(trainer.log_every_n_steps or 50, device=pl_module.device)
+        self._log_every = int(trainer.log_every_n_steps) or self.every_n_steps  # type: ignore[attr-defined]
+        self._losses = torch.empty(self._log_every, device=pl_module.device)
         self._logged_step = trainer.global_step
+        run = Path(trainer.log_dir or ".")  # asked for on every rank: rank 0 broadcasts it
         if trainer.is_global_zero:
             num_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
-            write(trainer, f"training {num_parameters:,} parameters; run folder {Path(trainer.log_dir or '.')}")
+            write(trainer, f"training {num_parameters:,} parameters; run folder {run}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -52,12 +56,13 @@ class RunningLoss(Callback):
         step_in_epoch, num_steps = batch_idx + 1, int(trainer.num_training_batches)
         prints = step_in_epoch % self.every_n_steps == 0 or (trainer.is_last_batch and num_steps < self.every_n_steps)
         step = trainer.global_step
-        logs = step % trainer.log_every_n_steps == 0 and step != self._logged_step  # type: ignore[attr-defined]
+        logs = step % self._log_every == 0 and step != self._logged_step
         if prints or logs or self._num_losses == len(self._losses) or trainer.is_last_batch:
             self._collect(trainer, batch_idx)
         if logs:
             self._log(trainer)
         if prints:
+            assert isinstance(pl_module, LitClassifier)
             running_loss = pl_module.running_loss = self._printed[0] / self._printed[1]
             self._printed = [0.0, 0]
             if trainer.is_global_zero:
@@ -125,14 +130,17 @@ class DeviceShapes(Callback):
             return
         self._told = True
         rank, world_size = trainer.global_rank, trainer.world_size
-        num_images = trainer.train_dataloader.batches.num_in_batch(batch_idx)
+        loader = trainer.train_dataloader
+        whole = ""
+        if isinstance(loader, DeviceLoader) and isinstance(loader.batches, TrainBatches):
+            whole = f", global batch {loader.batches.num_in_batch(batch_idx)}"
 
         def tell(module: LightningModule, args: tuple[Tensor], logits: Tensor) -> None:
             handle.remove()
             write(
                 trainer,
                 f"rank {rank} of {world_size} on {logits.device}: input {tuple(args[0].shape)}, "
-                f"output {tuple(logits.shape)}, global batch {num_images}",
+                f"output {tuple(logits.shape)}{whole}",
             )
 
         handle = pl_module.register_forward_hook(tell)
@@ -144,6 +152,7 @@ class Dashboard(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero or trainer.ckpt_path:
             return  # a resumed run has them
+        assert isinstance(pl_module, LitClassifier)
         config = yaml.safe_dump(pl_module.config, sort_keys=False)
         trainer.logger.experiment.add_text("config", f"```yaml\n{config}```")
         training = pl_module.net.training
@@ -159,6 +168,7 @@ class Dashboard(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
             return
+        assert isinstance(pl_module, LitClassifier)
         report = pl_module.reports["test"]
         metrics = {"hparams/test_accuracy": report.accuracy, "hparams/test_loss": report.loss}
         trainer.logger.log_hyperparams(hyperparameters(pl_module.config), metrics, step=trainer.global_step)
@@ -167,13 +177,14 @@ class Dashboard(Callback):
 class _Untraced(torch.nn.Module):
     """The net behind LitClassifier's forward, without the Trainer, which torch's tracer would walk into."""
 
-    def __init__(self, pl_module: LightningModule) -> None:
+    def __init__(self, pl_module: LitClassifier) -> None:
         super().__init__()
         self.net = pl_module.net
         self.mean, self.std = pl_module.mean, pl_module.std
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net((images.to(self.mean.dtype).div_(255) - self.mean) / self.std)
+        logits: Tensor = self.net((images.to(self.mean.dtype).div_(255) - self.mean) / self.std)
+        return logits
 
 
 def hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
@@ -195,14 +206,14 @@ class ProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics: dict[str, Any] = dict(get_standard_metrics(trainer))
-        if isinstance(pl_module.running_loss, float):
+        if isinstance(pl_module, LitClassifier) and pl_module.running_loss is not None:
             metrics["loss"] = f"{pl_module.running_loss:.3f}"
         return metrics
 
 
 def write(trainer: Trainer, line: str) -> None:
     """Writes a whole line to standard output at once, above the progress bar where there is one."""
-    if trainer.progress_bar_callback is not None and trainer.progress_bar_callback.is_enabled:
+    if isinstance(trainer.progress_bar_callback, TQDMProgressBar) and trainer.progress_bar_callback.is_enabled:
         trainer.progress_bar_callback.print(line)
     else:
         sys.stdout.write(line + "\n")

@@ -33,9 +33,9 @@ class RunLogger(TensorBoardLogger):
         self._claimed = version
 
     @property
-    def version(self) -> int:  # type: ignore[override]
+    def version(self) -> int:
         """N; taken by making the folder, so that two runs that start at once get different ones."""
-        if rank_zero_only.rank != 0:
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             return 0  # the other ranks are told rank 0's folder, and write nothing
         while self._claimed is None:
             runs = Path(self.save_dir) / RUNS
@@ -130,7 +130,7 @@ class Checkpoints(Checkpoint):
             self._save(trainer, "best.ckpt")
 
     def _save(self, trainer: Trainer, name: str) -> None:
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert trainer.log_dir is not None
         trainer.save_checkpoint(Path(trainer.log_dir) / "checkpoints" / name)
@@ -192,8 +192,11 @@ def find_checkpoint(resume: str, save_dir: Path) -> Path:
 
 def run_folder(checkpoint: Path) -> Path | None:
     """The run's folder that a checkpoint lies in, version_N/checkpoints/*.ckpt; None for any other place."""
-    run = checkpoint.resolve().parent.parent
-    return run if checkpoint.resolve().parent.name == "checkpoints" and run_version(run) >= 0 else None
+    folder = checkpoint.resolve().parent
+    if folder.name != "checkpoints" or run_version(folder.parent) < 0:
+        return None
+    here = Path.cwd()
+    return folder.parent.relative_to(here) if folder.is_relative_to(here) else folder.parent
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -6,17 +6,17 @@ import re
 import signal
 import sys
 import warnings
-from argparse import SUPPRESS, Action
-from collections.abc import Callable
+from argparse import Action
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_cifar.callbacks import Dashboard, DeviceShapes, ProgressBar, RunningLoss
 from lit_cifar.checkpoint import Checkpoints, DurableCheckpointIO, RunLogger, run_folder, run_version
@@ -54,7 +54,7 @@ TRUSTED = ("lit_cifar.", "torchvision.", "torch.nn.")  # a checkpoint's config m
 class Parser(LightningArgumentParser):
     """LightningCLI's parser with short flags beside the dotted ones, and errors as UserError."""
 
-    typed: list[str] = []  # the command line, for messages
+    typed: Sequence[str] = ()  # the command line, for messages
 
     def add_short_flags(self) -> None:
         """Gives an option its second spelling, so that both parse, and configs keep the dotted one.
@@ -71,7 +71,7 @@ class Parser(LightningArgumentParser):
     def _find(self, dest: str) -> Action:
         return next(action for action in self._actions if action.dest == dest)
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: Any = None) -> str:
         """Short flags first, then everything."""
         lines = [
             f"usage: {self.prog} [--config FILE ...] [--FLAG VALUE ...] [--any.dotted.key VALUE]",
@@ -81,45 +81,50 @@ class Parser(LightningArgumentParser):
             "Flags people use most:",
         ]
         own = [action for action in self._actions if action.dest in ("config", *OWN_FLAGS)]
-        rows = [
-            (f"--{action.dest}", str(action.help).split(" (type")[0], None) for action in own if action.help != SUPPRESS
-        ]
+        rows = [(f"--{action.dest}", str(action.help), "") for action in own]
         for short, (dotted, text) in SHORT_FLAGS.items():
             default = self.get_defaults().get(dotted)
             rows.append((f"--{short}", f"{text} (default: {default})", dotted))
         for flag, text, dotted in rows:
             lines.append(f"  {flag:<14} {text}{f' [--{dotted}]' if dotted else ''}")
         lines += ["", "--print_config prints every key with its value. All of them:", ""]
-        return "\n".join(lines) + super().format_help()
+        return "\n".join(lines) + super().format_help(formatter)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(self._explain(message)) from None
 
     def _explain(self, message: str) -> str:
-        """One line out of jsonargparse's, with the flag as typed and, for an unknown one, the nearest."""
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        unknown = re.search(r"[Uu]nrecognized arguments: (.*)", message, re.DOTALL)
-        if unknown:
-            typed = unknown[1].split()[0].split("=")[0]
+        """One line out of jsonargparse's several: the flag as typed, what is wrong, the nearest right one."""
+        message = " ".join(message.split())
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
+            typed = found[1].split("=")[0]
             return f"unknown flag {typed}{_nearest(typed, flags)}; --help lists the flags"
-        key = re.search(r"[Kk]ey '([^']*)' is not (?:expected|valid)|No action for key \"([^\"]*)\"", message)
-        if key:
-            name = key[1] or key[2]
-            return f"unknown key {name!r} in the config{_nearest(name, [flag[2:] for flag in flags])}; " + (
-                "--print_config lists the keys"
-            )
-        message = re.sub(r"[Pp]arser key \"([^\"]+)\":", lambda match: f"{self._as_typed(match[1])}:", message)
-        choice = re.search(r"(--\S+): Expected a typing.Literal\[(.*)\]. Got value: (.*)", message, re.DOTALL)
-        if choice:
-            choices = re.findall(r"'([^']*)'", choice[2])
-            return f"{choice[1]}: {choice[3]} is not one of {', '.join(choices)}{_nearest(choice[3], choices)}"
-        message = re.sub(r"<class '([^']*)'>", r"\1", message)
-        return " ".join(message.split())
+        if found := re.search(r"(?:Group '(\S+)' does not accept option|Option|[Kk]ey) '(\S+)'", message):
+            key = f"{found[1]}.{found[2]}" if found[1] else found[2]
+            near = _nearest(key, [flag[2:] for flag in flags])
+            return f"unknown key {key!r} in the config{near}; --print_config lists the keys"
+        if message.startswith("Problems parsing config"):
+            return f"--config {value_of('config', self.typed)} is no valid YAML: {message.split(': ', 1)[-1]}"
+        message = re.sub(r'[Pp]arser key "([^"]+)":', lambda key: f"{self._as_typed(key[1])}:", message)
+        if found := re.search(r"^(.*?): Expected a (.*)\. Got value: (.*)$", message):
+            where, expected, given = found.groups()
+            choices = re.findall(r"'([^']*)'", expected) if "Literal[" in expected else []
+            return f"{where}: expected {_plain(expected)}, got {given}{_nearest(given, choices)}"
+        if found := re.search(r"^(.*?): Does not validate .* Subtypes: \[(.*?)\] Errors.* Given value: (.*)$", message):
+            return f"{found[1]}: expected {_plain(found[2])}, got {found[3]}"
+        return message
 
     def _as_typed(self, dotted: str) -> str:
         """The spelling of an option in this command line, or else its first."""
         spellings = next((action.option_strings for action in self._actions if action.dest == dotted), [f"--{dotted}"])
         return next((flag for flag in spellings if value_of(flag[2:], self.typed) is not None), spellings[-1])
+
+
+def _plain(types: str) -> str:
+    """Types as jsonargparse names them, for people."""
+    types = re.sub(r"<class '([^']*)'>|typing.Literal\[(.*?)\]", r"\1\2", types)
+    return types.replace("'", "").replace("NoneType", "null")
 
 
 def _nearest(typed: str, known: list[str]) -> str:
@@ -281,7 +286,7 @@ def _class_paths(value: Any) -> list[str]:
     return []
 
 
-def value_of(flag: str, args: list[str]) -> str | None:
+def value_of(flag: str, args: Sequence[str]) -> str | None:
     """The value of `--flag value` or `--flag=value`, read before the parser exists; None when it is not given."""
     for position, arg in enumerate(args):
         if arg == f"--{flag}":
@@ -304,7 +309,7 @@ def run(command: Callable[[list[str]], None]) -> NoReturn:
     try:
         command(sys.argv[1:])
     except (UserError, MisconfigurationException) as error:
-        if rank_zero_only.rank == 0:
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             sys.stdout.flush()
             print(f"lit_cifar: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)

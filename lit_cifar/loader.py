@@ -68,7 +68,8 @@ class TrainBatches:
         if self.batch_size % self.num_ranks:
             below = self.batch_size // self.num_ranks * self.num_ranks
             above = below + self.num_ranks
-            nearest = below if below and self.batch_size - below <= above - self.batch_size else above
+            fewer = self.batch_size - below <= above - self.batch_size or above > self.num_images
+            nearest = below if below and fewer else above
             raise UserError(
                 f"--batch_size {self.batch_size} cannot be shared by {self.num_ranks} devices evenly: "
                 f"the nearest that works is {nearest}"
@@ -120,7 +121,7 @@ class EvalBatches:
 
     def shares(self, epoch: int = 0, start: int = 0) -> list[Tensor]:
         """This rank's indices of each batch, their sizes within one of each other."""
-        mine = torch.arange(self.rank, self.num_images, self.num_ranks)
+        mine = torch.arange(self.num_images)[self.rank :: self.num_ranks]
         return list(mine.tensor_split(len(self)))[start:]
 
 
@@ -154,15 +155,12 @@ class DeviceLoader:
         self._epoch = 0
         self._start = 0  # batch at which the next iteration starts; 0 again after it
         self._state = {"epoch": 0, "batch": 0}
-        # Lightning looks for `set_epoch` here. There is no `sampler` beside it, because Lightning would then try to
-        # replace it under overfit_batches, and warn.
-        self.batch_sampler = SimpleNamespace(sampler=self)
         if transform is None:
             self.images, self.labels = split.images.to(device), split.labels.to(device)
             self._workers = None
         else:
             dataset = _Transformed(split, transform, getattr(batches, "seed", 0))
-            _check_transformed(dataset[(0, 0)][0], split.images[0])
+            check_transform(transform, split)
             self._keys = _Keys()
             self._workers = DataLoader(
                 dataset,
@@ -177,6 +175,13 @@ class DeviceLoader:
     def __len__(self) -> int:
         """Batches in a whole epoch, also when resuming in its middle."""
         return len(self.batches)
+
+    @property
+    def batch_sampler(self) -> SimpleNamespace:
+        """Where Lightning looks for `set_epoch`."""
+        # There is no `sampler` beside it, because Lightning would then try to replace it under overfit_batches, and
+        # warn. It is not kept, because a cycle of references would hold images and workers until garbage is collected.
+        return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order is given next; a position loaded for another epoch is forgotten."""
@@ -277,7 +282,13 @@ def _collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.stack(labels)
 
 
-def _check_transformed(image: object, original: Tensor) -> None:
+def check_transform(transform: Callable[[Tensor], Tensor], split: Split) -> None:
+    """Tries a transform on the first image.
+
+    Raises:
+        UserError: it gives anything but a uint8 image of the same shape.
+    """
+    image, original = _Transformed(split, transform, seed=0)[(0, 0)][0], split.images[0]
     if not isinstance(image, Tensor) or image.dtype != original.dtype or image.shape != original.shape:
         given = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise UserError(

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lit_cifar.errors import UserError
-from lit_cifar.loader import DeviceLoader
+from lit_cifar.loader import DeviceLoader, TrainBatches
 from lit_cifar.optim import Schedule, lr_factor
 from lit_cifar.report import Report
 
@@ -81,6 +81,9 @@ class LitClassifier(LightningModule):
         self.compile_net = compile
         self.classes: tuple[str, ...] = ()
         self.config: dict[str, Any] = {}  # what the command line made of it, plain values; travels in the checkpoint
+        # of the stages 'val' and 'test'; made when the classes are known, and not checkpointed
+        self.confusions: dict[str, MulticlassConfusionMatrix] = nn.ModuleDict()  # type: ignore[assignment]
+        self.losses: dict[str, SummedLoss] = nn.ModuleDict()  # type: ignore[assignment]
         self.running_loss: float | None = None  # mean over the newest steps, for whoever shows it
         self.reports: dict[str, Report] = {}  # of the stages 'val' and 'test', newest
         self.example_input_array = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # for TensorBoard's graph
@@ -119,11 +122,9 @@ class LitClassifier(LightningModule):
                 f"set --model.net.num_classes {len(classes)}"
             )
         self.classes = classes
-        # registered late, since torchmetrics sizes them by the number of classes; their states are not checkpointed
-        self.confusions = nn.ModuleDict(
-            {s: MulticlassConfusionMatrix(len(classes), validate_args=False) for s in ("val", "test")}
-        )
-        self.losses = nn.ModuleDict({stage: SummedLoss() for stage in ("val", "test")})
+        for stage in ("val", "test"):
+            self.confusions[stage] = MulticlassConfusionMatrix(len(classes), validate_args=False)
+            self.losses[stage] = SummedLoss()
         self.to(self.mean.device)
 
     @torch.no_grad()
@@ -145,6 +146,7 @@ class LitClassifier(LightningModule):
         num_ranks, loader = self.trainer.world_size, self.trainer.train_dataloader
         if num_ranks == 1 or not isinstance(loader, DeviceLoader):
             return len(labels)
+        assert isinstance(loader.batches, TrainBatches)
         return loader.batches.num_in_batch(batch_idx) / num_ranks
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

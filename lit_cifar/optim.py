@@ -18,13 +18,13 @@ def lr_factor(step: int, num_steps: int, schedule: Schedule = "constant", warmup
         warmup: share of the training, 0 to 1, in which the factor rises: linearly for 'constant' and 'cosine', as the
             first part of the cycle for 'onecycle'.
     """
-    last = max(num_steps - 1, 1)
+    last = num_steps - 1
     step = min(step, last)
     if schedule == "onecycle":
         peak = warmup * num_steps - 1
         if step <= peak:
             return _half_cosine(1 / 25, 1.0, step / peak if peak > 0 else 1.0)
-        return _half_cosine(1.0, 1 / 25e4, (step - peak) / max(num_steps - 1 - peak, 1))
+        return _half_cosine(1.0, 1 / 25e4, (step - peak) / (last - peak))
     num_warmup = round(warmup * num_steps)
     if step < num_warmup:
         return (step + 1) / num_warmup

@@ -1,0 +1,34 @@
+# Every command works in the project's own .venv; `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu check clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: .venv/installed ## install, then train and test on the embedded data set (no download)
+	$(BIN)/python -m lit_cifar.fit --dataset shapes
+
+test: .venv/installed ## install, then run the tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/installed ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: .venv/installed ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+check: .venv/installed ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove what the commands made, but no run and no data
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

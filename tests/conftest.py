@@ -1,0 +1,58 @@
+"""What several test files need: a place of its own for each test, and the commands, in this process or in others."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# LightningCLI 2.6.6 calls names that jsonargparse 4.49 deprecates; not ours to mend
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test runs in an empty folder with a cache of its own, on one thread, and leaves torch's state alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIT_CIFAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("LIT_CIFAR_RESUME", raising=False)
+    torch.set_num_threads(1)
+    random_state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(random_state)
+
+
+@pytest.fixture
+def run_command(tmp_path: Path) -> Iterator[Run]:
+    """Runs `python -m MODULE ARGS` in the test's folder, with whatever it starts, and stops what is left of it."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(module: str, *args: object, timeout: float = 240, **env: str) -> "subprocess.CompletedProcess[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, args)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        processes.append(process)
+        stdout, stderr = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    yield run
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # its own session: this takes the ranks that it started along
+        except ProcessLookupError:
+            continue
+        process.wait()

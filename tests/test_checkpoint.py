@@ -1,0 +1,307 @@
+"""Checkpoints survive a full disk, runs do not share folders, and a file that is read runs no code."""
+
+import errno
+import io
+import os
+import pickle
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_cifar.checkpoint import (
+    RUNS,
+    Checkpoints,
+    DurableCheckpointIO,
+    RunLogger,
+    find_checkpoint,
+    get_random_state,
+    read_checkpoint,
+    run_folder,
+    set_random_state,
+)
+from lit_cifar.errors import UserError
+
+CHECKPOINT = {"state_dict": {"net.weight": torch.arange(250_000.0)}, "lit_cifar": {"classes": ["a"], "config": {}}}
+
+
+def error_of(function: Any, *args: Any) -> str:
+    with pytest.raises(UserError) as raised:
+        function(*args)
+    assert str(raised.value).isprintable(), "one line"
+    return str(raised.value)
+
+
+# ---- writing ----
+
+
+@contextmanager
+def disk_with_room_for(num_bytes: int) -> Iterator[None]:
+    """Writing a file beyond so many bytes fails, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="Windows has no limit on a file's size")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def save(path: Path) -> None:
+    DurableCheckpointIO().save_checkpoint(CHECKPOINT, path)
+
+
+@pytest.fixture
+def last(tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    path.parent.mkdir()
+    path.write_bytes(b"the one before")
+    return path
+
+
+def check_untouched(path: Path) -> None:
+    assert path.read_bytes() == b"the one before"
+    assert os.listdir(path.parent) == [path.name], "nothing is left behind"
+
+
+@pytest.mark.parametrize("room", [0, 100, 500_000, 1_000_000])
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before_whole(last: Path, room: int) -> None:
+    with disk_with_room_for(room):
+        message = error_of(save, last)
+    assert str(last) in message
+    assert f"--resume {last}" in message
+    check_untouched(last)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), os.strerror(errno.ENOSPC)),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), os.strerror(errno.EACCES)),
+        (RuntimeError("file write failed\n at inline_container.cc"), "file write failed"),
+    ],
+)
+def test_a_save_that_fails_half_way_says_why(
+    last: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def save_half(checkpoint: object, file: io.BufferedWriter) -> None:
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", save_half)
+    assert f"({reason})" in error_of(save, last)
+    check_untouched(last)
+
+
+def test_a_checkpoint_reads_back_and_takes_the_place_of_the_one_before(last: Path) -> None:
+    save(last)
+    loaded = read_checkpoint(last)
+    assert torch.equal(loaded["state_dict"]["net.weight"], torch.arange(250_000.0))
+    assert loaded["lit_cifar"] == CHECKPOINT["lit_cifar"]
+    assert os.listdir(last.parent) == [last.name]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(last: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    real = {name: getattr(os, name) for name in ("fsync", "replace")}
+    for name in real:
+
+        def spy(*args: Any, name: str = name) -> Any:
+            calls.append(name)
+            return real[name](*args)
+
+        monkeypatch.setattr(os, name, spy)
+    save(last)
+    assert calls[:2] == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(value: float) -> None:
+    def checkpoint(value: float) -> dict[str, Any]:
+        return {"state_dict": {"net.counts": torch.tensor([1]), "net.bias": torch.tensor([0.0, value])}}
+
+    trainer: Any = SimpleNamespace(global_step=12)
+    Checkpoints().on_save_checkpoint(trainer, None, checkpoint(1.0))  # type: ignore[arg-type]
+    message = error_of(Checkpoints().on_save_checkpoint, trainer, None, checkpoint(value))
+    assert message.startswith("step 12: net.bias is not finite")
+
+
+def test_saving_every_0_steps_is_refused() -> None:
+    assert "every_n_train_steps 0" in error_of(Checkpoints, 0)
+
+
+def test_a_resumed_run_continues_the_random_draws() -> None:
+    torch.manual_seed(5)
+    state = get_random_state()
+    draws = torch.rand(3)
+    callback = Checkpoints()
+    callback.load_state_dict({"best_score": 0.5, "random_states": [state]})
+    callback.on_train_start(SimpleNamespace(global_step=7, world_size=1, global_rank=0), None)  # type: ignore[arg-type]
+    assert torch.equal(torch.rand(3), draws)
+    callback.load_state_dict({"best_score": 0.5, "random_states": [state]})
+    set_random_state(state)
+    torch.rand(3)
+    following = torch.rand(3)
+    set_random_state(state)
+    torch.rand(3)
+    callback.on_train_start(SimpleNamespace(global_step=7, world_size=2, global_rank=0), None)  # type: ignore[arg-type]
+    assert torch.equal(torch.rand(3), following), "on another number of ranks the draws are left alone"
+
+
+# ---- the run's folder ----
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / RUNS / "version_9").mkdir(parents=True)
+    (tmp_path / RUNS / "version_old").mkdir()
+    loggers = [RunLogger(str(tmp_path)) for _ in range(8)]
+    barrier = threading.Barrier(len(loggers))
+
+    def claim(logger: RunLogger) -> None:
+        barrier.wait()
+        assert logger.version == logger.version
+
+    threads = [threading.Thread(target=claim, args=(logger,)) for logger in loggers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(logger.version for logger in loggers) == list(range(10, 18))
+    assert {Path(logger.log_dir).name for logger in loggers} == {f"version_{version}" for version in range(10, 18)}
+
+
+def test_a_folder_taken_between_looking_and_making_is_left_to_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = RunLogger(str(tmp_path))
+    assert first.version == 0
+    glob, seen = Path.glob, []
+
+    def stale_once(self: Path, pattern: str) -> Iterator[Path]:
+        seen.append(pattern)
+        return iter(()) if len(seen) == 1 else glob(self, pattern)
+
+    monkeypatch.setattr(Path, "glob", stale_once)
+    assert RunLogger(str(tmp_path)).version == 1
+
+
+def test_a_resumed_run_keeps_its_folder_and_other_ranks_make_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / RUNS / "version_3").mkdir(parents=True)
+    assert RunLogger(str(tmp_path), version=3).version == 3
+    monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
+    assert isinstance(RunLogger(str(tmp_path)).version, int)
+    assert os.listdir(tmp_path / RUNS) == ["version_3"]
+
+
+def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / RUNS).write_bytes(b"a file in its place")
+    assert str(tmp_path / RUNS) in error_of(lambda: RunLogger(str(tmp_path)).version)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for version in (9, 10, 11):
+        folder = tmp_path / RUNS / f"version_{version}" / "checkpoints"
+        folder.mkdir(parents=True)
+        if version != 11:  # stopped before its first checkpoint
+            (folder / "last.ckpt").touch()
+    return tmp_path / RUNS
+
+
+def test_auto_is_the_newest_run_by_number_that_has_a_checkpoint(runs: Path) -> None:
+    assert find_checkpoint("auto", runs.parent) == runs / "version_10" / "checkpoints" / "last.ckpt"
+
+
+def test_a_run_is_resumed_by_its_folder_or_its_file(runs: Path) -> None:
+    path = runs / "version_9" / "checkpoints" / "last.ckpt"
+    assert find_checkpoint(str(runs / "version_9"), runs.parent) == path
+    assert find_checkpoint(str(path), runs.parent) == path
+
+
+@pytest.mark.parametrize("resume", ["auto", "absent.ckpt", "."])
+def test_nothing_to_resume_is_said_with_what_was_asked_for(tmp_path: Path, resume: str) -> None:
+    assert error_of(find_checkpoint, resume, tmp_path / "empty").startswith(f"--resume {resume}: no ")
+
+
+def test_a_checkpoints_run_folder_is_known_by_its_names(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = runs / "version_9" / "checkpoints" / "last.ckpt"
+    monkeypatch.chdir(tmp_path)
+    assert run_folder(checkpoint) == RUNS / "version_9", "short, as it is printed"
+    monkeypatch.chdir(runs)
+    assert run_folder(Path("version_9/checkpoints/last.ckpt")) == Path("version_9")
+    monkeypatch.chdir(runs / "version_10")
+    assert run_folder(checkpoint) == runs / "version_9"
+    for other in ("last.ckpt", "version_9/last.ckpt", "mine/checkpoints/last.ckpt"):
+        assert run_folder(tmp_path / other) is None
+
+
+# ---- reading ----
+
+
+class Gadget:
+    """Unpickling this makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "in a checkpoint"])
+def test_reading_a_checkpoint_runs_no_code_from_it(tmp_path: Path, kind: str) -> None:
+    path, marker = tmp_path / "last.ckpt", tmp_path / "marker"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Gadget(marker)))
+    else:
+        torch.save(Gadget(marker) if kind == "torch" else {**CHECKPOINT, "more": Gadget(marker)}, path)
+    assert str(path) in error_of(read_checkpoint, path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False) if kind != "pickle" else pickle.loads(path.read_bytes())
+    assert marker.exists(), "the file is as dangerous as it should be for this test"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.9999])
+def test_a_checkpoint_cut_short_is_named(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "last.ckpt"
+    save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    assert error_of(read_checkpoint, path).startswith(f"{path} is no checkpoint, or was cut short or damaged")
+
+
+def zip_of_text() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("data", [b"seed: 7\nmodel:\n  lr: 0.1\n", b"\x89PNG\r\n\x1a\n" + bytes(64), zip_of_text()])
+def test_a_file_of_another_format_is_named(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(data)
+    assert error_of(read_checkpoint, path).startswith(f"{path} is no checkpoint")
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {"state_dict": {}}, {"lit_cifar": {}}, [1, 2], None])
+def test_a_torch_file_of_another_kind_is_told_from_a_checkpoint(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(content, path)
+    assert error_of(read_checkpoint, path).startswith(f"{path} is not a checkpoint of lit_cifar")
+
+
+def test_a_checkpoint_that_is_not_there_or_a_folder_is_named(tmp_path: Path) -> None:
+    assert error_of(read_checkpoint, tmp_path / "absent.ckpt").startswith(f"no checkpoint {tmp_path / 'absent.ckpt'}")
+    assert str(tmp_path) in error_of(read_checkpoint, tmp_path)

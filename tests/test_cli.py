@@ -1,0 +1,152 @@
+"""The command line: two spellings of a flag, configs that reproduce themselves, errors that people can act on."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, Run
+
+import lit_cifar.fit
+from lit_cifar.cli import SHORT_FLAGS
+from lit_cifar.errors import UserError
+
+VALUES = {
+    "data_dir": "elsewhere",
+    "dataset": "shapes",
+    "batch_size": "8",
+    "lr": "0.5",
+    "compile": "true",
+    "max_epochs": "7",
+    "devices": "2",
+    "num_nodes": "3",
+    "accelerator": "cpu",
+    "strategy": "ddp",
+    "precision": "bf16-mixed",
+    "seed": "11",
+}
+
+
+def print_config(*args: str, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as done:
+        lit_cifar.fit.main([*args, "--print_config"])
+    assert done.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("short", SHORT_FLAGS)
+def test_a_short_flag_means_exactly_its_dotted_twin(short: str, capsys: pytest.CaptureFixture[str]) -> None:
+    dotted, value = SHORT_FLAGS[short][0], VALUES[short]
+    given = print_config(f"--{short}", value, capsys=capsys)
+    assert given == print_config(f"--{dotted}", value, capsys=capsys)
+    assert given == print_config(f"--{short}={value}", capsys=capsys)
+    assert given != print_config(capsys=capsys)
+    config = yaml.safe_load(given)
+    for key in dotted.split("."):
+        config = config[key]
+    assert str(config).lower() == value
+
+
+def test_a_printed_config_reproduces_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = print_config(*(f"--{short}={value}" for short, value in VALUES.items()), capsys=capsys)
+    (tmp_path / "config.yaml").write_text(given)
+    assert print_config("--config", "config.yaml", capsys=capsys) == given
+
+
+def test_later_configs_and_flags_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("model: {lr: 0.1, momentum: 0.5}\n")
+    (tmp_path / "b.yaml").write_text("model: {lr: 0.2}\n")
+    given = print_config("--config", "a.yaml", "--config", "b.yaml", "--model.weight_decay", "0.01", capsys=capsys)
+    model = yaml.safe_load(given)["model"]
+    assert (model["lr"], model["momentum"], model["weight_decay"]) == (0.2, 0.5, 0.01)
+
+
+def test_help_shows_the_short_flags_first_with_default_and_twin(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        lit_cifar.fit.main(["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    top, rest = text.split("All of them:")
+    for short, (dotted, meaning) in SHORT_FLAGS.items():
+        line = next(line for line in top.splitlines() if line.startswith(f"  --{short} "))
+        assert meaning in line
+        assert "(default: " in line
+        assert line.endswith(f"[--{dotted}]")
+        assert f"--{dotted}" in rest
+    assert "--resume" in top
+    assert "--trainer.gradient_clip_val" in rest
+
+
+def test_help_takes_hardly_longer_than_importing_lightning(tmp_path: Path) -> None:
+    def seconds(*args: str) -> float:
+        started_at = time.perf_counter()
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - started_at
+
+    # pair by pair, on a machine that others use too: the least disturbed pair counts
+    ratios: list[float] = []
+    while len(ratios) < 5 and min(ratios, default=2.0) >= 1.3:
+        ratios.append(seconds("-m", "lit_cifar.fit", "--help") / seconds("-c", "import lightning.pytorch"))
+    assert min(ratios) < 1.3, ratios
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--devcies", "2"], ["unknown flag --devcies", "did you mean --devices?"]),
+        (["--trainer.max_epoch", "2"], ["unknown flag --trainer.max_epoch", "did you mean --trainer.max_epochs?"]),
+        (["--lr", "fast"], ["--lr: expected float, got fast"]),
+        (["--model.lr", "fast"], ["--model.lr: expected float, got fast"]),
+        (["--batch_size=2.5"], ["--batch_size: expected int, got 2.5"]),
+        (["--dataset", "shape"], ["--dataset: expected cifar10, shapes, got shape", "did you mean shapes?"]),
+        (["--trainer.max_epochs", "many"], ["--trainer.max_epochs: expected int, null, got many"]),
+        (["--devices", "many", "--accelerator", "cpu", "--dataset", "shapes"], ["devices"]),
+        (["--model.net", "lit_cifar.nets.Nett"], ["--model.net", "no attribute 'Nett'"]),
+        (["--config", "missing.yaml"], ["--config", "missing.yaml"]),
+        (["--config", "broken.yaml"], ["--config broken.yaml is no valid YAML"]),
+        (["--config", "unknown.yaml"], ["unknown key 'model.lrr'", "did you mean model.lr?"]),
+        (["--config", "unknown_group.yaml"], ["unknown key 'modle.lr'", "did you mean model.lr?"]),
+        (["--config", "wrong_type.yaml"], ["--model.lr: expected float, got fast"]),
+        (["--resume", "auto"], ["--resume auto", "has a checkpoint"]),
+        (["--resume", "missing.ckpt"], ["--resume missing.ckpt", "no such checkpoint"]),
+        (["--resume", "broken.yaml"], ["broken.yaml is no checkpoint"]),
+        (["--data_dir", "missing.tar.xz"], ["missing.tar.xz"]),
+        (["--data_dir", "full"], ["full holds neither CIFAR-10", "train/<class>/"]),
+        (["--checkpoint.every_n_train_steps", "0"], ["--checkpoint.every_n_train_steps 0"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_is_typed_wrong_ends_in_one_line_that_helps(args: list[str], words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("model:\n  lr: [\n")
+    (tmp_path / "unknown.yaml").write_text("model:\n  lrr: 1\n")
+    (tmp_path / "unknown_group.yaml").write_text("modle:\n  lr: 1\n")
+    (tmp_path / "wrong_type.yaml").write_text("model:\n  lr: fast\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("something else")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as error:
+        lit_cifar.fit.main(args)
+    line = str(error.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before] == []
+
+
+def test_errors_of_the_user_exit_with_2_and_one_line_on_stderr(run_command: Run) -> None:
+    done = run_command("lit_cifar.fit", "--devcies", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "lit_cifar: error: unknown flag --devcies: did you mean --devices?; --help lists the flags\n"
+
+
+def test_errors_of_the_program_keep_their_traceback(run_command: Run) -> None:
+    args = ["--dataset", "shapes", "--trainer.callbacks+=faults.Bug", "--trainer.limit_train_batches", "5"]
+    done = run_command("lit_cifar.fit", *args, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "AssertionError: a bug of ours" in done.stderr

@@ -1,0 +1,222 @@
+"""The data module: which source a folder stands for, the validation split, and loaders that give uint8."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from lit_cifar import download
+from lit_cifar.augment import Augment
+from lit_cifar.data import CIFAR10DataModule, split_validation
+from lit_cifar.errors import UserError
+from lit_cifar.loader import DeviceLoader
+from lit_cifar.sources import Split
+
+
+def make_split(*per_class: int) -> Split:
+    """A set of so many images of each class, in a mixed order, each image filled with its own number."""
+    labels = torch.repeat_interleave(torch.tensor(per_class))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    images = torch.arange(len(labels)).to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32).contiguous()
+    return Split(images, labels, tuple(f"class{label}" for label in range(len(per_class))))
+
+
+def numbers(split: Split) -> list[int]:
+    return split.images[:, 0, 0, 0].tolist()
+
+
+def gathered(loader: Any) -> tuple[Tensor, Tensor]:
+    images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
+    return images, labels
+
+
+# ---- the validation split ----
+
+
+@pytest.mark.parametrize("num_val", [1, 30, 33, 59])
+def test_the_validation_split_is_disjoint_complete_and_stratified(num_val: int) -> None:
+    whole = make_split(40, 20, 30)
+    train, val = split_validation(whole, num_val, seed=0)
+    assert len(val.labels) == num_val
+    assert sorted(numbers(train) + numbers(val)) == numbers(whole)
+    for part in (train, val):
+        assert part.classes == whole.classes
+        assert numbers(part) == sorted(numbers(part)), "in the set's own order"
+        assert torch.equal(part.labels, whole.labels[numbers(part)])
+    shares = torch.bincount(val.labels, minlength=3)
+    assert int(shares.max() - shares.min()) <= 1
+
+
+def test_the_validation_split_follows_from_the_seed() -> None:
+    torch.manual_seed(1)
+    first = [numbers(split_validation(make_split(30, 30), 20, seed)[1]) for seed in range(4)]
+    torch.manual_seed(2)
+    assert first == [numbers(split_validation(make_split(30, 30), 20, seed)[1]) for seed in range(4)]
+    assert len(set(map(tuple, first))) == 4
+
+
+@pytest.mark.parametrize(("num_val", "class_name"), [(40, "class1"), (10_000, "class0"), (-3, "class0")])
+def test_a_validation_split_that_leaves_a_class_empty_is_refused(num_val: int, class_name: str) -> None:
+    with pytest.raises(UserError, match=rf"num_val {num_val} .*'{class_name}'"):
+        split_validation(make_split(30, 20), num_val, seed=0)
+
+
+# ---- from end to end ----
+
+
+@pytest.fixture(scope="module")
+def shapes() -> CIFAR10DataModule:
+    """The embedded set with a validation split, without a Trainer."""
+    data = CIFAR10DataModule(dataset="shapes", batch_size=64, num_val=1000, augment=Augment(crop=4, flip="random"))
+    data.prepare_data()
+    for stage in ("fit", "validate", "test"):
+        data.setup(stage)
+    return data
+
+
+def test_the_embedded_sets_loaders_give_every_image_once_as_uint8(shapes: CIFAR10DataModule) -> None:
+    assert len(shapes.classes) == 10
+    for loader, num_images in (
+        (shapes.train_dataloader(), 9_000),
+        (shapes.val_dataloader(), 1_000),
+        (shapes.test_dataloader(), 2_000),
+    ):
+        images, labels = gathered(loader)
+        assert (images.dtype, images.shape) == (torch.uint8, (num_images, 3, 32, 32))
+        assert torch.bincount(labels).tolist() == [num_images // 10] * 10
+
+
+def test_only_training_images_are_augmented(shapes: CIFAR10DataModule) -> None:
+    assert torch.equal(gathered(shapes.test_dataloader())[0], shapes.test.images)
+    loader = shapes.train_dataloader()
+    images, _ = next(iter(loader))
+    originals = shapes.train.images[shapes.train_batches().order(0)[:64]]
+    assert not torch.equal(images, originals)
+    loader.augment = None
+    assert torch.equal(next(iter(loader))[0], originals)
+
+
+def test_the_test_set_stays_unread_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def draw(train: bool) -> Split:
+        read.append(train)
+        return make_split(20, 20)
+
+    monkeypatch.setattr("lit_cifar.sources.draw_shapes", draw)
+    data = CIFAR10DataModule(dataset="shapes")
+    data.setup("fit")
+    data.setup("fit")
+    assert data.val_dataloader() == [], "num_val is 0"
+    assert read == [True]
+    data.setup("test")
+    assert read == [True, False]
+
+
+def test_a_transform_replaces_the_built_in_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_cifar.sources.draw_shapes", lambda train: make_split(100, 100))
+    transform = [v2.RandomInvert(p=1.0), v2.RandomPosterize(bits=1, p=1.0)]
+    data = CIFAR10DataModule(dataset="shapes", augment=Augment(cutout=40), transform=transform, num_workers=0)
+    data.setup("fit")
+    images, _ = gathered(data.train_dataloader())
+    assert torch.equal(images, (255 - data.train.images[data.train_batches().order(0)]) & 128), "in turn"
+
+
+def test_a_trainers_rank_decides_the_share(shapes: CIFAR10DataModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(root_device=torch.device("cpu"))
+    loaders: list[DeviceLoader] = []
+    for rank in range(2):
+        trainer = SimpleNamespace(global_rank=rank, world_size=2, overfit_batches=0.0, strategy=device)
+        monkeypatch.setattr(shapes, "trainer", trainer)
+        loaders.append(shapes.test_dataloader())
+        assert len(next(iter(shapes.train_dataloader()))[1]) == 32
+    assert sum(len(gathered(loader)[1]) for loader in loaders) == 2_000
+
+
+@pytest.mark.parametrize("overfit", [0.0, 2, 0.5])
+def test_overfitting_takes_the_same_batches_in_each_epoch(
+    shapes: CIFAR10DataModule, monkeypatch: pytest.MonkeyPatch, overfit: float
+) -> None:
+    trainer = SimpleNamespace(global_rank=0, world_size=1, overfit_batches=overfit)
+    monkeypatch.setattr(shapes, "trainer", trainer)
+    orders = [shapes.train_batches().order(epoch) for epoch in range(2)]
+    assert torch.equal(*orders) == bool(overfit)
+
+
+# ---- which source a folder stands for ----
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What would have been downloaded."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(download, "fetch_cifar10", lambda *args: calls.append(args))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda folder: None,
+        lambda folder: folder.mkdir(),
+        lambda folder: (folder.mkdir(), (folder / f"{download.ARCHIVE}.part").touch(), (folder / ".lock").touch()),
+    ],
+    ids=["missing", "empty", "left by an interrupted download"],
+)
+def test_a_folder_without_data_is_downloaded_into(
+    fill: Callable[[Path], object], tmp_path: Path, fetched: list[tuple[Any, ...]]
+) -> None:
+    folder = tmp_path / "here"
+    fill(folder)
+    CIFAR10DataModule(data_dir=str(folder)).prepare_data()
+    CIFAR10DataModule(data_dir=str(folder), mirrors=["file:///mnt/mirror"]).prepare_data()
+    assert fetched == [(folder, download.MIRRORS), (folder, ["file:///mnt/mirror"])]
+
+
+def test_a_folder_with_other_things_is_left_alone_and_told_what_was_looked_for(
+    tmp_path: Path, fetched: list[tuple[Any, ...]]
+) -> None:
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(
+        UserError, match=r"holds neither CIFAR-10 \(cifar-10-batches-py/\) nor .*train/<class>/"
+    ) as raised:
+        CIFAR10DataModule(data_dir=str(tmp_path)).prepare_data()
+    assert str(raised.value).isprintable()
+    assert not fetched
+
+
+def test_the_default_folder_may_hold_other_things(
+    tmp_path: Path, fetched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").touch()
+    CIFAR10DataModule().prepare_data()
+    assert [args[0] for args in fetched] == [Path("data")]
+
+
+def test_a_tree_of_images_is_read_class_by_class(tmp_path: Path, fetched: list[tuple[Any, ...]]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 2, 4, 32, 32, 3), dtype=np.uint8)
+    for split, of_split in zip(("train", "test"), pixels, strict=True):
+        for class_name, images in zip(("ant", "bee"), of_split, strict=True):
+            folder = tmp_path / "tree" / split / class_name
+            folder.mkdir(parents=True)
+            for index, image in enumerate(images):
+                Image.fromarray(image).save(folder / f"{index}.png")
+    data = CIFAR10DataModule(data_dir=str(tmp_path / "tree"), batch_size=3, eval_batch_size=3)
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    assert data.classes == ("ant", "bee")
+    assert [len(labels) for _, labels in data.train_dataloader()] == [3, 3, 2]
+    images, labels = gathered(data.test_dataloader())
+    assert torch.equal(images, torch.from_numpy(pixels[1].reshape(8, 32, 32, 3)).permute(0, 3, 1, 2))
+    assert labels.tolist() == [0] * 4 + [1] * 4
+    assert not fetched

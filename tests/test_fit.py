@@ -1,0 +1,257 @@
+"""The fit and test commands in this process: what they write, resume to the bit, and the tutorial's recipe."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, Run
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lit_cifar.fit
+import lit_cifar.test
+from lit_cifar.errors import UserError
+from lit_cifar.nets import Net
+
+SHAPES = ["--dataset", "shapes", "--accelerator", "cpu"]
+SHORT = [*SHAPES, "--batch_size", "32", "--max_epochs", "1", "--lr", "0.05"]
+AUGMENT = ["--data.augment.crop", "4", "--data.augment.flip", "random", "--data.augment.cutout", "8"]
+
+
+def results(run: str) -> dict[str, Any]:
+    return json.loads(Path(f"lightning_logs/{run}/results.json").read_text())
+
+
+def scalars(run: str) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(f"lightning_logs/{run}", size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def weights(run: str, name: str = "last") -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(f"lightning_logs/{run}/checkpoints/{name}.ckpt", weights_only=True)
+    return checkpoint["state_dict"]
+
+
+def assert_same_run(one: str, other: str) -> None:
+    """Weights, losses and figures are identical to the bit."""
+    assert all(torch.equal(weight, weights(other)[name]) for name, weight in weights(one).items())
+    assert scalars(one) == scalars(other)
+    ignored = ("seconds", "commit")
+    assert {k: v for k, v in results(one).items() if k not in ignored} == {
+        k: v for k, v in results(other).items() if k not in ignored
+    }
+
+
+def test_a_run_writes_its_report_config_checkpoint_and_dashboard(capsys: pytest.CaptureFixture[str]) -> None:
+    lit_cifar.fit.main(SHORT)
+    output = capsys.readouterr().out
+    report = results("version_0")
+
+    confusion = torch.tensor(report["confusion_matrix"])
+    assert confusion.sum() == report["num_test"] == 2000
+    assert report["accuracy"] == confusion.diag().sum().item() / 2000
+    assert list(report["per_class_accuracy"].values()) == (confusion.diag() / confusion.sum(1).double()).tolist()
+    assert report["num_train"] == 10_000
+    assert report["num_steps"] == 313
+    assert report["seconds"]["total"] > report["seconds"]["fit"] > 0
+    for key in ("dataset", "loss", "devices", "seed", "versions", "commit"):
+        assert key in report
+
+    assert f"{100 * report['accuracy']:.2f} %" in output
+    for name in report["per_class_accuracy"]:
+        assert f"\n{name}" in output
+    assert "rank 0 of 1 on cpu: input (32, 3, 32, 32), output (32, 10), global batch 32" in output
+    assert output.count("epoch 1  step 313 of 313  loss ") == 1
+    assert "\x1b" not in output
+    assert "\r" not in output
+    assert "Run: lightning_logs/version_0" in output
+    assert "tensorboard --logdir lightning_logs" in output
+
+    events = EventAccumulator("lightning_logs/version_0")
+    events.Reload()
+    tags = scalars("version_0")
+    assert [step for step, _ in tags["train/loss"]] == list(range(50, 313, 50))
+    assert [step for step, _ in tags["lr"]] == list(range(50, 313, 50))
+    assert tags["test/accuracy"][0] == (313, pytest.approx(report["accuracy"]))
+    for name, accuracy in report["per_class_accuracy"].items():
+        assert tags[f"test/accuracy/{name}"][0] == (313, pytest.approx(accuracy))
+    assert tags["hparams/test_accuracy"][0][1] == pytest.approx(report["accuracy"])
+    assert events.Tags()["graph"]
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+
+def test_every_checkpoint_of_ours_loads_with_weights_only() -> None:
+    lit_cifar.fit.main([*SHORT, "--data.num_val", "500", "--model.schedule", "cosine", *AUGMENT])
+    for name in ("last", "best"):
+        checkpoint = torch.load(f"lightning_logs/version_0/checkpoints/{name}.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == 297
+
+
+def test_the_config_of_a_run_makes_the_same_run_again() -> None:
+    lit_cifar.fit.main([*SHORT, *AUGMENT, "--seed", "3"])
+    lit_cifar.fit.main(["--config", "lightning_logs/version_0/config.yaml"])
+    assert_same_run("version_0", "version_1")
+    lit_cifar.fit.main(["--config", "lightning_logs/version_0/config.yaml", "--seed", "4"])
+    assert results("version_2")["loss"] != results("version_0")["loss"]
+
+
+def test_testing_a_checkpoint_gives_the_report_of_its_run(capsys: pytest.CaptureFixture[str]) -> None:
+    lit_cifar.fit.main(SHORT)
+    fit_output = capsys.readouterr().out
+    lit_cifar.test.main(["--ckpt_path", "lightning_logs/version_0/checkpoints/last.ckpt"])
+    again = json.loads(Path("lightning_logs/version_0/test-last.json").read_text())
+    for key in ("dataset", "num_test", "accuracy", "per_class_accuracy", "confusion_matrix", "loss", "num_steps"):
+        assert again[key] == results("version_0")[key]
+    table = capsys.readouterr().out.split("\n\nResults")[0]
+    assert table.strip() in fit_output
+
+
+def test_the_best_checkpoint_follows_validation_and_is_the_one_tested() -> None:
+    # a learning rate that climbs until the net forgets: its best epoch is not its last
+    lit_cifar.fit.main(
+        [*SHAPES, "--batch_size", "50", "--max_epochs", "3", "--lr", "0.6", "--model.schedule", "cosine",
+         "--model.warmup", "1", "--data.num_val", "2000"]
+    )  # fmt: skip
+    accuracies = scalars("version_0")["val/accuracy"]
+    assert [step for step, _ in accuracies] == [160, 320, 480]
+    best = torch.load("lightning_logs/version_0/checkpoints/best.ckpt", weights_only=True)
+    assert best["global_step"] == max(accuracies, key=lambda event: event[1])[0] != 480
+    report = results("version_0")
+    assert (report["checkpoint"], report["num_train"], report["num_val"]) == ("best", 8000, 2000)
+    lit_cifar.test.main(["--ckpt_path", "lightning_logs/version_0/checkpoints/best.ckpt"])
+    again = json.loads(Path("lightning_logs/version_0/test-best.json").read_text())
+    assert again["confusion_matrix"] == report["confusion_matrix"]
+
+
+def resumable(schedule: str) -> list[str]:
+    return [*SHAPES, "--batch_size", "20", "--max_epochs", "2", "--lr", "0.02", "--trainer.limit_train_batches", "120",
+            "--model.schedule", schedule, "--model.warmup", "0.3", *AUGMENT,
+            "--checkpoint.every_n_train_steps", "37"]  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", ["constant", "onecycle"])
+def test_stopped_in_mid_epoch_and_resumed_equals_never_stopped(schedule: str) -> None:
+    lit_cifar.fit.main(resumable(schedule))
+    with pytest.raises(_StopError):
+        lit_cifar.fit.main([*resumable(schedule), "--trainer.callbacks+=test_fit.Stop"])
+    stopped = torch.load("lightning_logs/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert stopped["global_step"] == 148  # in mid-epoch, and some steps behind
+    lit_cifar.fit.main(["--resume", "auto", "--trust", "true", "--trainer.callbacks", "null"])
+    assert_same_run("version_0", "version_1")
+
+
+@pytest.mark.parametrize("schedule", ["constant", "onecycle"])
+def test_killed_on_2_processes_and_resumed_equals_never_stopped(run_command: Run, schedule: str) -> None:
+    args = [*resumable(schedule), "--devices", "2"]
+    whole = run_command("lit_cifar.fit", *args)
+    assert whole.returncode == 0, whole.stderr
+    faults = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    kill = ["--trainer.callbacks+=faults.KillAt", "--trainer.callbacks.step=160"]
+    killed = run_command("lit_cifar.fit", *args, *kill, **faults)
+    assert killed.returncode != 0
+    stopped = torch.load("lightning_logs/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert stopped["global_step"] == 148
+    calm = ["--trust", "true", "--trainer.callbacks", "null"]
+    resumed = run_command("lit_cifar.fit", "--resume", "auto", *calm, **faults)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run("version_0", "version_1")
+
+
+class DroppingNet(Net):
+    """Draws random numbers in training, which a resumed run must continue."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.nn.functional.dropout(images, 0.2, self.training))
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_random_nets_and_transforms_resume_to_the_bit(workers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = ["--model.net", f"{__name__}.DroppingNet"]
+    transform = ["--data.transform", "[torchvision.transforms.v2.RandAugment]"] if workers else AUGMENT
+    args = [*SHAPES, "--batch_size", "20", "--max_epochs", "1", "--trainer.limit_train_batches", "60", *net, *transform]
+    args += ["--data.num_workers", "0", "--checkpoint.every_n_train_steps", "25"]
+    lit_cifar.fit.main(args)
+    with pytest.raises(_StopError):
+        lit_cifar.fit.main([*args, "--trainer.callbacks+=test_fit.Stop"])
+    lit_cifar.fit.main(["--resume", "lightning_logs/version_1", "--trust", "true", "--trainer.callbacks", "null"])
+    assert_same_run("version_0", "version_1")
+
+
+class _StopError(Exception):
+    pass
+
+
+class Stop(Callback):
+    """Breaks a run off at its 40th step, in its second epoch if it has one."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 40 and trainer.current_epoch == trainer.max_epochs - 1:
+            raise _StopError
+
+
+def test_resuming_a_finished_run_reports_the_same_again() -> None:
+    lit_cifar.fit.main(SHORT)
+    before = results("version_0")
+    lit_cifar.fit.main(["--resume", "auto"])
+    after = results("version_0")
+    assert {**after, "seconds": 0} == {**before, "seconds": 0}
+    assert not Path("lightning_logs/version_1").exists()
+
+
+def test_a_resumed_run_keeps_the_batches_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    lit_cifar.fit.main(SHORT)
+    monkeypatch.delenv("LIT_CIFAR_RESUME", raising=False)
+    with pytest.raises(UserError, match="batch_size was 32 and is now 16"):
+        lit_cifar.fit.main(["--resume", "auto", "--batch_size", "16"])
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint() -> None:
+    with pytest.raises(UserError, match=r"not finite at step \d+ \(epoch 1, batch \d+\)") as error:
+        lit_cifar.fit.main([*SHORT, "--lr", "1e4", "--checkpoint.every_n_train_steps", "1"])
+    step = int(str(error.value).split("step ")[1].split()[0])
+    kept = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert 0 < kept["global_step"] < step
+    assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
+    assert not Path("lightning_logs/version_0/results.json").exists()
+
+
+def test_the_tutorials_recipe_is_what_no_arguments_give(run_command: Run) -> None:
+    recipe = yaml.safe_load((ROOT / "configs/tutorial.yaml").read_text())
+    nothing = yaml.safe_load(run_command("lit_cifar.fit", "--print_config").stdout)
+    given = yaml.safe_load(
+        run_command("lit_cifar.fit", "--config", ROOT / "configs/tutorial.yaml", "--print_config").stdout
+    )
+    assert given == nothing
+    assert recipe["model"]["lr"] == 0.001  # says it all, rather than leaning on defaults
+    assert recipe["data"]["batch_size"] == 4
+    assert recipe["trainer"]["max_epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--batch_size", "0"],
+        ["--batch_size", "20000"],
+        ["--batch_size", "5", "--devices", "2"],
+        ["--model.net.num_classes", "7"],
+        ["--data.num_val", "10000"],
+        ["--accelerator", "gpu"],
+        ["--lr", "-1"],
+        ["--model.nesterov", "true", "--model.momentum", "0"],
+        ["--data.transform", "[torch.nn.Tanh]"],
+    ],
+    ids=" ".join,
+)
+def test_bad_settings_write_nothing(args: list[str]) -> None:
+    if args == ["--accelerator", "gpu"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises((UserError, MisconfigurationException)) as error:
+        lit_cifar.fit.main([*SHAPES, *args])
+    assert "\n" not in str(error.value).strip()
+    assert list(Path().iterdir()) == []
