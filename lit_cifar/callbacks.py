@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.progress_bar import get_standard_metrics
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.tensorboard.summary import hparams
 
 from lit_cifar.errors import UserError
 from lit_cifar.loader import DeviceLoader, TrainBatches
@@ -169,9 +170,12 @@ class Dashboard(Callback):
         if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LitClassifier)
-        report = pl_module.reports["test"]
-        metrics = {"hparams/test_accuracy": report.accuracy, "hparams/test_loss": report.loss}
-        trainer.logger.log_hyperparams(hyperparameters(pl_module.config), metrics, step=trainer.global_step)
+        # TensorBoard finds the values under these tags, where the test logged them; logger.log_hyperparams would log
+        # them once more
+        tags = dict.fromkeys(("test/accuracy", "test/loss"), 0.0)
+        for summary in hparams(hyperparameters(pl_module.config), tags):
+            trainer.logger.experiment._get_file_writer().add_summary(summary)
+        trainer.logger.save()
 
 
 class _Untraced(torch.nn.Module):

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 import re
 import signal
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -47,6 +49,8 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # DeviceLoader shares each batch itself
 }
+# Up to this batch size the CPU's threads wait for one another longer than they work: FILL
+SMALL_BATCH = 64
 OWN_FLAGS = ("resume", "ckpt_path", "output", "trust")  # what to do this once; no part of the config
 TRUSTED = ("lit_cifar.", "torchvision.", "torch.nn.")  # a checkpoint's config may name classes from these by itself
 
@@ -196,6 +200,8 @@ class CLI(LightningCLI):
             _set_base(parser, self._base)
 
     def before_instantiate_classes(self) -> None:
+        if self.config["data"]["batch_size"] <= SMALL_BATCH and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
         self.options = {key: self.config.pop(key, None) for key in OWN_FLAGS}
 
     def instantiate_classes(self) -> None:

@@ -64,6 +64,7 @@ class CIFAR10DataModule(LightningDataModule):
         self.drop_last = drop_last
         self.mirrors = mirrors
         self.seed = seed
+        self._prepared = False
         self._train: Split | None = None
         self._val: Split | None = None
         self._test: Split | None = None
@@ -74,7 +75,7 @@ class CIFAR10DataModule(LightningDataModule):
         Raises:
             UserError: there is no data and no way to get it, or it is damaged.
         """
-        if self.dataset == "shapes":
+        if self.dataset == "shapes" or self._prepared:
             return
         source = sources.find_source(self.data_dir)
         if source == "nothing":
@@ -84,6 +85,7 @@ class CIFAR10DataModule(LightningDataModule):
             download.unpack(self.data_dir, self._unpacked_dir())
         elif source in ("tree", "archive"):
             sources.prepare_tree(self.data_dir)
+        self._prepared = True
 
     def setup(self, stage: str) -> None:
         """Reads what the stage needs: 'fit', 'validate' or 'test'."""

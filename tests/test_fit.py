@@ -12,6 +12,7 @@ from conftest import ROOT, Run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 import lit_cifar.fit
 import lit_cifar.test
@@ -81,7 +82,11 @@ def test_a_run_writes_its_report_config_checkpoint_and_dashboard(capsys: pytest.
     assert tags["test/accuracy"][0] == (313, pytest.approx(report["accuracy"]))
     for name, accuracy in report["per_class_accuracy"].items():
         assert tags[f"test/accuracy/{name}"][0] == (313, pytest.approx(accuracy))
-    assert tags["hparams/test_accuracy"][0][1] == pytest.approx(report["accuracy"])
+    session = events.PluginTagToContent("hparams")
+    start = plugin_data_pb2.HParamsPluginData.FromString(session["_hparams_/session_start_info"])
+    assert start.session_start_info.hparams["lr"].number_value == 0.05
+    experiment = plugin_data_pb2.HParamsPluginData.FromString(session["_hparams_/experiment"]).experiment
+    assert [info.name.tag for info in experiment.metric_infos] == ["test/accuracy", "test/loss"]
     assert events.Tags()["graph"]
     assert "config/text_summary" in events.Tags()["tensors"]
 
