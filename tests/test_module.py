@@ -291,6 +291,7 @@ def stub_trainer(**options: Any) -> Any:
 
 def test_a_constant_rate_needs_no_scheduler_and_no_length() -> None:
     module = LitClassifier(Net(), lr=0.01, momentum=0.8, weight_decay=0.1, nesterov=True)
+    module._trainer = stub_trainer()
     optimizer = module.configure_optimizers()
     assert isinstance(optimizer, torch.optim.SGD)
     (group,) = optimizer.param_groups
