@@ -57,7 +57,8 @@ class RunningLoss(Callback):
         step_in_epoch, num_steps = batch_idx + 1, int(trainer.num_training_batches)
         prints = step_in_epoch % self.every_n_steps == 0 or (trainer.is_last_batch and num_steps < self.every_n_steps)
         step = trainer.global_step
-        logs = step % self._log_every == 0 and step != self._logged_step
+        logs = step % self._log_every == 0 or (trainer.is_last_batch and num_steps < self._log_every)
+        logs = logs and step != self._logged_step  # with accumulated gradients a step has several batches
         if prints or logs or self._num_losses == len(self._losses) or trainer.is_last_batch:
             self._collect(trainer, batch_idx)
         if logs:

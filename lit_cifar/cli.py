@@ -307,6 +307,8 @@ def quiet_lightning() -> None:
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning 2.6.6 asks torch 2.15 in a way that is to go (utilities/_pytree.py:21); users cannot mend it
+    warnings.filterwarnings("ignore", message="The number of training batches")  # RunningLoss logs short epochs too
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
 
 

@@ -260,3 +260,8 @@ def test_bad_settings_write_nothing(args: list[str]) -> None:
         lit_cifar.fit.main([*SHAPES, *args])
     assert "\n" not in str(error.value).strip()
     assert list(Path().iterdir()) == []
+
+
+def test_a_run_shorter_than_the_logging_interval_logs_its_end() -> None:
+    lit_cifar.fit.main([*SHORT, "--batch_size", "500", "--max_epochs", "2"])
+    assert [step for step, _ in scalars("version_0")["train/loss"]] == [20, 40]

@@ -1,0 +1,62 @@
+"""README, docs and recipes do what they say: every command in them parses, every recipe trains."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import lit_cifar.fit
+import lit_cifar.test
+from lit_cifar.cli import SHORT_FLAGS
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+COMMANDS = sorted(
+    {
+        (match[1], re.sub(r"\s+#.*", "", match[2]).strip())
+        for document in DOCUMENTS
+        for match in re.finditer(r"python -m lit_cifar\.(fit|test)(?=[\s`])([^`\n]*)", document.read_text())
+    }
+)
+
+
+def test_readme_tells_the_two_commands_that_ci_runs() -> None:
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert f"make {target}" in readme
+        assert f"\n{target}:" in makefile
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize(("module", "args"), COMMANDS)
+def test_every_command_of_the_documents_parses(module: str, args: str) -> None:
+    typed = shlex.split(args)
+    if "my_package" in args or "FILE" in args:
+        pytest.skip("names something of the reader's own")
+    Path("configs").symlink_to(ROOT / "configs")
+    if "--resume" in typed or "--ckpt_path" in typed:
+        lit_cifar.fit.main(["--dataset", "shapes", "--batch_size", "500", "--max_epochs", "1"])
+    if module == "test":
+        lit_cifar.test.main(typed)
+        return
+    with pytest.raises(SystemExit) as done:
+        lit_cifar.fit.main([*typed, "--print_config"])
+    assert done.value.code == 0
+
+
+def test_flags_that_documents_name_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        lit_cifar.fit.main(["--help"])
+    known = set(re.findall(r"--[\w.]+", capsys.readouterr().out)) | {f"--{short}" for short in SHORT_FLAGS}
+    known |= {"--ckpt_path", "--logdir", "--print_config", "--model.net.num_classes"}
+    for document in DOCUMENTS:
+        flags = set(re.findall(r"(?<![\w-])--[a-z][\w.]+", document.read_text()))
+        assert flags <= known, (document.name, flags - known)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_trains_two_steps(recipe: Path) -> None:
+    lit_cifar.fit.main(["--config", str(recipe), "--dataset", "shapes", "--trainer.fast_dev_run", "2"])
+    assert not Path("lightning_logs").exists()
