@@ -10,22 +10,26 @@ help: ## list the commands
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
 demo: .venv/installed ## install, then train and test on the embedded data set (no download)
 	$(BIN)/python -m lit_cifar.fit --dataset shapes
 
-test: .venv/installed ## install, then run the tests
+test: .venv/installed-dev ## install, then run the tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-slow: .venv/installed ## the tests that take minutes
+test-slow: .venv/installed-dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: .venv/installed ## the tests that need a GPU
+test-gpu: .venv/installed-dev ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-check: .venv/installed ## style and types
+check: .venv/installed-dev ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
