@@ -49,6 +49,11 @@ class RunLogger(TensorBoardLogger):
                 raise UserError(f"cannot make a run's folder in {runs} ({error.strerror}): make it writable") from None
         return self._claimed
 
+    @rank_zero_only
+    def save(self) -> None:
+        """Brings events onto the disk; no hparams.yaml, whose place config.yaml takes."""
+        self.experiment.flush()
+
 
 def run_version(run: Path) -> int:
     """N of a folder version_N, -1 of any other."""
@@ -67,7 +72,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             with replaced(Path(path)) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"checkpoint {path} could not be written ({reason}); the one before is whole: free space or mend the "
                 f"folder, then go on with --resume {path}"

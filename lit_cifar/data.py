@@ -81,7 +81,7 @@ class CIFAR10DataModule(LightningDataModule):
         if source == "nothing":
             self._check_may_download()
             download.fetch_cifar10(self.data_dir, self.mirrors or download.MIRRORS)
-        elif source == "cifar10-archive":
+        elif source == "cifar10-archive" and sources.find_source(self._unpacked_dir()) != "cifar10":
             download.unpack(self.data_dir, self._unpacked_dir())
         elif source in ("tree", "archive"):
             sources.prepare_tree(self.data_dir)

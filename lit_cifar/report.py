@@ -57,15 +57,16 @@ class Report:
     def table(self) -> str:
         """Lines for people: overall accuracy in per cent, then an aligned table of the classes'."""
         width = max(len("class"), *map(len, self.classes))
+        counts = max(len("correct"), len(f"{self.num_images:,}"))
         lines = [
             f"Accuracy on the {self.num_images:,} test images: {100 * self.accuracy:.2f} %",
             "",
-            f"{'class':<{width}}  accuracy  correct  images",
+            f"{'class':<{width}}  accuracy  {'correct':>{counts}}  {'images':>{counts}}",
         ]
         totals = self.confusion.sum(1).tolist()
         rights = self.confusion.diag().tolist()
         for (name, accuracy), right, total in zip(self.per_class_accuracy.items(), rights, totals, strict=True):
-            lines.append(f"{name:<{width}}  {100 * accuracy:6.2f} %  {right:7,}  {total:6,}")
+            lines.append(f"{name:<{width}}  {100 * accuracy:6.2f} %  {right:{counts},}  {total:{counts},}")
         return "\n".join(lines)
 
     def results(self) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import torch
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 ROOT = Path(__file__).resolve().parent.parent
+# CIFAR-10 as an archive of JPEG images, where there is one to test on
+JPEG = Path(os.environ.get("LIT_CIFAR_JPEG") or ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.xz")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import JPEG
 from filelock import FileLock
 from PIL import Image
 from torchvision.datasets import CIFAR10
@@ -24,9 +25,6 @@ from lit_cifar import sources
 from lit_cifar.errors import UserError
 from lit_cifar.sources import Split, find_source, prepare_tree, read_cifar10, read_tree
 
-JPEG_ARCHIVE = Path(
-    os.environ.get("LIT_CIFAR_JPEG") or Path(__file__).parents[2] / "shared" / "data" / "cifar10-jpeg.tar.xz"
-)
 NAMES = {"train": ("a10.png", "a2.png", "B.PNG"), "test": ("0.png", "1.png")}  # not in sorted order
 
 
@@ -565,9 +563,10 @@ def test_an_encrypted_zip_and_a_vanished_path_are_errors(tree: Path, tmp_path: P
 # ---- the real thing ----
 
 
-@pytest.mark.skipif(not JPEG_ARCHIVE.is_file(), reason=f"{JPEG_ARCHIVE.name} is not there; LIT_CIFAR_JPEG can name it")
+@pytest.mark.slow
+@pytest.mark.skipif(not JPEG.is_file(), reason=f"{JPEG.name} is not there; LIT_CIFAR_JPEG can name it")
 def test_all_of_cifar10_as_jpeg() -> None:
-    train, test = read_tree(JPEG_ARCHIVE, True), read_tree(JPEG_ARCHIVE, False)
+    train, test = read_tree(JPEG, True), read_tree(JPEG, False)
     assert train.classes == test.classes
     assert train.classes[::3] == ("airplane", "cat", "frog", "truck")
     assert train.labels.bincount().tolist() == [5000] * 10
