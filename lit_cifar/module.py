@@ -78,7 +78,7 @@ class LitClassifier(LightningModule):
         self.warmup = warmup
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-        # constants, which DDP would broadcast before each forward (7 % of a step with the tutorial's net on 2 processes)
+        # constants; DDP would broadcast them before each forward (7 % of a step: the tutorial's net, 2 processes)
         self._ddp_params_and_buffers_to_ignore = ["mean", "std"]
         self.compile_net = compile
         self.classes: tuple[str, ...] = ()
