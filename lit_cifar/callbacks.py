@@ -95,10 +95,11 @@ class RunningLoss(Callback):
             torch.tensor(float(len(losses) - 1 - first), device=losses.device), reduce_op="max"
         )
         step = trainer.global_step - int(steps_ago)
+        kept = Path(trainer.log_dir or ".") / "checkpoints" / "last.ckpt"
+        way_out = f"go on from {kept} with --resume and a smaller --lr" if kept.is_file() else "choose a smaller --lr"
         raise UserError(
             f"the loss is not finite at step {step} (epoch {trainer.current_epoch + 1}, batch "
-            f"{batch_idx + 1 - int(steps_ago)}); the last good checkpoint is kept: go on from it with --resume "
-            "auto and a smaller --lr"
+            f"{batch_idx + 1 - int(steps_ago)}): {way_out}"
         )
 
     def _log(self, trainer: Trainer) -> None:

@@ -155,8 +155,8 @@ class Checkpoints(Checkpoint):
         for name, weight in checkpoint["state_dict"].items():
             if weight.is_floating_point() and not bool(weight.isfinite().all()):
                 raise UserError(
-                    f"step {trainer.global_step}: {name} is not finite, so nothing is saved; the last good checkpoint "
-                    "is kept: go on from it with a smaller --lr"
+                    f"step {trainer.global_step}: {name} is not finite, so nothing is saved and the checkpoint before "
+                    "is kept: go on from it with --resume and a smaller --lr, or start anew with one"
                 )
 
 

@@ -200,6 +200,17 @@ class LitClassifier(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Lets flags given on a resume count: a restored optimiser comes with its checkpoint's settings."""
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        factor = 1.0
+        for scheduler in schedulers:
+            scheduler.base_lrs = [self.lr] * len(scheduler.base_lrs)
+            factor = lr_factor(scheduler.last_epoch, self._num_steps(), self.schedule, self.warmup)
+        for group in self.trainer.optimizers[0].param_groups:
+            group.update(momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov)
+            group.update({"lr": self.lr * factor, **({"initial_lr": self.lr} if schedulers else {})})
+
     def _can_fuse(self) -> bool:
         # one call for all parameters: 124 instead of 246 us a step for the tutorial's net (one CPU thread, torch 2.15);
         # not with a gradient scaler, beside which Lightning cannot clip gradients then

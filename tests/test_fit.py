@@ -18,6 +18,7 @@ import lit_cifar.fit
 import lit_cifar.test
 from lit_cifar.errors import UserError
 from lit_cifar.nets import Net
+from lit_cifar.optim import lr_factor
 
 SHAPES = ["--dataset", "shapes", "--accelerator", "cpu"]
 SHORT = [*SHAPES, "--batch_size", "32", "--max_epochs", "1", "--lr", "0.05"]
@@ -260,6 +261,22 @@ def test_bad_settings_write_nothing(args: list[str]) -> None:
         lit_cifar.fit.main([*SHAPES, *args])
     assert "\n" not in str(error.value).strip()
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_learning_rate_given_on_resume_counts(schedule: str) -> None:
+    with pytest.raises(_StopError):
+        lit_cifar.fit.main([*resumable(schedule), "--trainer.callbacks+=test_fit.Stop"])
+    lit_cifar.fit.main(
+        ["--resume", "auto", "--trust", "true", "--trainer.callbacks", "null", "--lr", "0.01",
+         "--model.momentum", "0.5"]
+    )  # fmt: skip
+    rates = dict(scalars("version_0")["lr"])
+    factors = {step: lr_factor(step, 240, schedule, 0.3) for step in rates}
+    expected = {step: (0.02 if step <= 148 else 0.01) * factors[step] for step in rates}
+    assert rates == pytest.approx(expected, rel=1e-6)
+    checkpoint = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.5
 
 
 def test_a_run_shorter_than_the_logging_interval_logs_its_end() -> None:
