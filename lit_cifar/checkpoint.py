@@ -72,7 +72,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
             with replaced(Path(path)) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            lines = str(error).splitlines()  # below a RuntimeError's first line stands where in torch it came from
+            reason = getattr(error, "strerror", None) or (lines[0] if lines else type(error).__name__)
             raise UserError(
                 f"checkpoint {path} could not be written ({reason}); the one before is whole: free space or mend the "
                 f"folder, then go on with --resume {path}"

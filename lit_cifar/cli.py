@@ -219,11 +219,10 @@ class CLI(LightningCLI):
             overrides["enable_progress_bar"] = interactive
         if not self.config["data"]["num_val"]:
             overrides["limit_val_batches"] = 0
-        overrides["callbacks"] = [*(config["callbacks"] or []), DeviceShapes(), Dashboard()]
+        overrides["callbacks"] = [*_as_list(config["callbacks"]), DeviceShapes(), Dashboard()]
         if overrides.get("enable_progress_bar", config["enable_progress_bar"]):
             overrides["callbacks"].append(ProgressBar())
-        plugins = config["plugins"] or []
-        overrides["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), DurableCheckpointIO()]
+        overrides["plugins"] = [*_as_list(config["plugins"]), DurableCheckpointIO()]
         if not self._logs:
             overrides["logger"] = False
         elif config["logger"] in (None, True):
@@ -242,6 +241,11 @@ class CLI(LightningCLI):
             if run is not None:
                 return RunLogger(str(run.parent.parent), version=run_version(run), purge_step=step + 1)
         return RunLogger(save_dir or ".")
+
+
+def _as_list(value: Any) -> list[Any]:
+    """What the Trainer takes one or several of, or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _set_base(parser: Parser, base: dict[str, Any]) -> None:

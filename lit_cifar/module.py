@@ -103,11 +103,12 @@ class LitClassifier(LightningModule):
             UserError: the net gives another number of logits than there are classes.
         """
         self.set_classes(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
-        if self.compile_net:
-            self.net.compile()
         if stage == "fit" and self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
             # so that statistics are those of the whole batch, as on one device; not available on the CPU
             self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+        if self.compile_net:
+            self.net.compile()
+            self.compile_net = False  # once: setup comes again before the test
 
     def set_classes(self, classes: tuple[str, ...]) -> None:
         """Names the K classes; called again with the same ones it changes nothing.

@@ -62,7 +62,7 @@ def small_tree(tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
-@pytest.mark.parametrize("num_test", [101, 2000])
+@pytest.mark.parametrize("num_test", [101, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_checkpoint_gives_the_same_report_on_1_2_and_3_processes(
     num_test: int, run_command: Run, small_tree: Path
 ) -> None:

@@ -152,7 +152,7 @@ def test_stopped_in_mid_epoch_and_resumed_equals_never_stopped(schedule: str) ->
     assert_same_run("version_0", "version_1")
 
 
-@pytest.mark.parametrize("schedule", ["constant", "onecycle"])
+@pytest.mark.parametrize("schedule", [pytest.param("constant", marks=pytest.mark.slow), "onecycle"])
 def test_killed_on_2_processes_and_resumed_equals_never_stopped(run_command: Run, schedule: str) -> None:
     args = [*resumable(schedule), "--devices", "2"]
     whole = run_command("lit_cifar.fit", *args)
@@ -286,12 +286,11 @@ def test_a_run_shorter_than_the_logging_interval_logs_its_end() -> None:
 
 def test_bf16_trains_as_32_bit_numbers_do() -> None:
     for precision in ("32-true", "bf16-mixed"):
-        lit_cifar.fit.main([*SHORT, "--precision", precision])
-    full, half = (results(f"version_{version}") for version in (0, 1))
-    assert half["accuracy"] == pytest.approx(full["accuracy"], abs=0.1)  # two seeds differ by as much
-    assert half["loss"] != full["loss"]
-    dtypes = {weight.dtype for weight in weights("version_1").values()}
-    assert dtypes == {torch.float32}
+        lit_cifar.fit.main([*SHORT, "--precision", precision, "--lr", "0.01"])
+    full, half = (dict(scalars(f"version_{version}")["train/loss"]) for version in (0, 1))
+    assert half != full
+    assert half[50] == pytest.approx(full[50], rel=0.01)  # bf16 keeps 3 digits; later the two runs drift apart
+    assert {weight.dtype for weight in weights("version_1").values()} == {torch.float32}
 
 
 @pytest.mark.slow
