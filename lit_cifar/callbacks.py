@@ -10,7 +10,6 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.callbacks.progress.progress_bar import get_standard_metrics
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
@@ -210,11 +209,15 @@ def hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | st
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar with the running loss, which costs no synchronisation beyond that of the logged loss."""
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        self.train_progress_bar.set_description(
+            f"epoch {trainer.current_epoch + 1}"
+        )  # counted as in the lines above it
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics: dict[str, Any] = dict(get_standard_metrics(trainer))
-        if isinstance(pl_module, LitClassifier) and pl_module.running_loss is not None:
-            metrics["loss"] = f"{pl_module.running_loss:.3f}"
-        return metrics
+        assert isinstance(pl_module, LitClassifier)
+        return {} if pl_module.running_loss is None else {"loss": f"{pl_module.running_loss:.3f}"}
 
 
 def write(trainer: Trainer, line: str) -> None:
