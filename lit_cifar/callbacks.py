@@ -211,9 +211,7 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
-        self.train_progress_bar.set_description(
-            f"epoch {trainer.current_epoch + 1}"
-        )  # counted as in the lines above it
+        self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}")  # as lines count
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, LitClassifier)
