@@ -81,6 +81,7 @@ class RunningLoss(Callback):
         losses = self._losses[:num_losses]
         precise = losses if losses.device.type == "mps" else losses.double()  # mps has no float64
         total = float(trainer.strategy.reduce(precise.sum(), reduce_op="sum")) / trainer.world_size
+        total *= trainer.accumulate_grad_batches  # by which Lightning has divided the loss of each batch
         if not torch.isfinite(torch.tensor(total)):
             self._stop(trainer, losses, batch_idx)
         for window in (self._logged, self._printed):

@@ -209,17 +209,19 @@ class DeviceLoader:
 
     def _from_device(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         shares = self.batches.shares(epoch, start)
+        if not shares:
+            return
         draws = self._draws(epoch)
-        first = 0
-        while first < len(shares):
-            chunk = shares[first : first + max(1, CHUNK // max(1, len(shares[first])))]
-            indices = torch.cat(chunk).to(self.device)
+        sizes = [len(share) for share in shares]
+        per_chunk = max(1, CHUNK // max(1, sizes[0]))
+        sizes_of_chunks = [sizes[first : first + per_chunk] for first in range(0, len(sizes), per_chunk)]
+        # the whole epoch's indices at once: a copy to a GPU in its midst would wait for the GPU
+        indices_of_chunks = torch.cat(shares).to(self.device).split([sum(chunk) for chunk in sizes_of_chunks])
+        for indices, chunk in zip(indices_of_chunks, sizes_of_chunks, strict=True):
             images, labels = self.images.index_select(0, indices), self.labels.index_select(0, indices)
             if self.augment is not None:
                 images = self.augment.apply(images, draws[indices])
-            sizes = [len(share) for share in chunk]
-            yield from zip(images.split(sizes), labels.split(sizes), strict=True)
-            first += len(chunk)
+            yield from zip(images.split(chunk), labels.split(chunk), strict=True)
 
     def _draws(self, epoch: int) -> Draws:
         if self.augment is None:

@@ -279,6 +279,14 @@ def test_a_learning_rate_given_on_resume_counts(schedule: str) -> None:
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.5
 
 
+def test_accumulated_gradients_leave_the_logged_loss_as_it_is() -> None:
+    for accumulate in ("1", "3"):
+        lit_cifar.fit.main([*SHORT, "--lr", "0", "--trainer.accumulate_grad_batches", accumulate])
+    once, thrice = (scalars(f"version_{version}")["train/loss"] for version in (0, 1))
+    assert [step for step, _ in thrice] == [50, 100]
+    assert thrice[0][1] == pytest.approx(sum(loss for _, loss in once[:3]) / 3, rel=1e-6)
+
+
 def test_a_run_shorter_than_the_logging_interval_logs_its_end() -> None:
     lit_cifar.fit.main([*SHORT, "--batch_size", "500", "--max_epochs", "2"])
     assert [step for step, _ in scalars("version_0")["train/loss"]] == [20, 40]
