@@ -1,5 +1,6 @@
 """CIFAR10DataModule: which source, the validation split, the loaders. Per-batch work is loader's and augment's."""
 
+import contextlib
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +66,7 @@ class CIFAR10DataModule(LightningDataModule):
         self.mirrors = mirrors
         self.seed = seed
         self._prepared = False
+        self._cache_file: Path | None = None
         self._train: Split | None = None
         self._val: Split | None = None
         self._test: Split | None = None
@@ -84,7 +86,7 @@ class CIFAR10DataModule(LightningDataModule):
         elif source == "cifar10-archive" and sources.find_source(self._unpacked_dir()) != "cifar10":
             download.unpack(self.data_dir, self._unpacked_dir())
         elif source in ("tree", "archive"):
-            sources.prepare_tree(self.data_dir)
+            self._cache_file = sources.prepare_tree(self.data_dir)
         self._prepared = True
 
     def setup(self, stage: str) -> None:
@@ -150,6 +152,9 @@ class CIFAR10DataModule(LightningDataModule):
     def _read(self, train: bool) -> Split:
         if self.dataset == "shapes":
             return sources.draw_shapes(train)
+        if self._cache_file is not None:
+            with contextlib.suppress(Exception):  # gone or damaged meanwhile: read_tree decodes again
+                return sources.read_prepared(self._cache_file, train)
         source = sources.find_source(self.data_dir)
         if source == "cifar10":
             return sources.read_cifar10(self.data_dir, train)

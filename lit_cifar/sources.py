@@ -146,9 +146,25 @@ def read_tree(path: Path, train: bool) -> Split:
     return _cached(path, lambda file, fingerprint: _read_cache(file, fingerprint, train))
 
 
-def prepare_tree(path: Path) -> None:
-    """Decode what `read_tree` reads unless the cache is there and fresh. However many processes call, one decodes."""
-    _cached(path, _read_header)
+def prepare_tree(path: Path) -> Path:
+    """Decode what `read_tree` reads unless the cache is there and fresh. However many processes call, one decodes.
+
+    Returns the cache file, for `read_prepared`.
+    """
+
+    def check(file: Path, fingerprint: str) -> Path:
+        _read_header(file, fingerprint)
+        return file
+
+    return _cached(path, check)
+
+
+def read_prepared(file: Path, train: bool) -> Split:
+    """What `read_tree` gives, from the cache file that `prepare_tree` just returned, without listing the tree again.
+
+    Listing 60,000 files takes 0.3 to 0.5 s. Raises OSError, ValueError and the like when the file went or is damaged.
+    """
+    return _read_cache(file, None, train)
 
 
 def cache_dir() -> Path:
@@ -213,15 +229,15 @@ def _write_cache(file: Path, header: dict[str, Any], images: "dict[Key, bytes]")
     os.replace(temporary, file)
 
 
-def _read_header(file: Path, fingerprint: str) -> dict[str, Any]:
+def _read_header(file: Path, fingerprint: str | None) -> dict[str, Any]:
     with zipfile.ZipFile(file) as archive:
         header: dict[str, Any] = json.loads(archive.read("header.json"))
-    if header["fingerprint"] != fingerprint:
+    if fingerprint is not None and header["fingerprint"] != fingerprint:
         raise ValueError("the source has changed")
     return header
 
 
-def _read_cache(file: Path, fingerprint: str, train: bool) -> Split:
+def _read_cache(file: Path, fingerprint: str | None, train: bool) -> Split:
     header = _read_header(file, fingerprint)
     split = "train" if train else "test"
     images = np.empty((sum(header[split]), 3, 32, 32), np.uint8)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_cifar import download
+from lit_cifar import download, sources
 from lit_cifar.augment import Augment
 from lit_cifar.data import CIFAR10DataModule, split_validation
 from lit_cifar.errors import UserError
@@ -202,7 +202,9 @@ def test_the_default_folder_may_hold_other_things(
     assert [args[0] for args in fetched] == [Path("data")]
 
 
-def test_a_tree_of_images_is_read_class_by_class(tmp_path: Path, fetched: list[tuple[Any, ...]]) -> None:
+@pytest.fixture
+def pixels(tmp_path: Path) -> np.ndarray:
+    """Pixels (2 splits, 2 classes, 4 images, 32, 32, 3) uint8 that lie as PNG files in tmp_path / 'tree'."""
     pixels = np.random.default_rng(0).integers(0, 256, (2, 2, 4, 32, 32, 3), dtype=np.uint8)
     for split, of_split in zip(("train", "test"), pixels, strict=True):
         for class_name, images in zip(("ant", "bee"), of_split, strict=True):
@@ -210,6 +212,12 @@ def test_a_tree_of_images_is_read_class_by_class(tmp_path: Path, fetched: list[t
             folder.mkdir(parents=True)
             for index, image in enumerate(images):
                 Image.fromarray(image).save(folder / f"{index}.png")
+    return pixels
+
+
+def test_a_tree_of_images_is_read_class_by_class(
+    tmp_path: Path, pixels: np.ndarray, fetched: list[tuple[Any, ...]]
+) -> None:
     data = CIFAR10DataModule(data_dir=str(tmp_path / "tree"), batch_size=3, eval_batch_size=3)
     data.prepare_data()
     data.setup("fit")
@@ -220,3 +228,23 @@ def test_a_tree_of_images_is_read_class_by_class(tmp_path: Path, fetched: list[t
     assert torch.equal(images, torch.from_numpy(pixels[1].reshape(8, 32, 32, 3)).permute(0, 3, 1, 2))
     assert labels.tolist() == [0] * 4 + [1] * 4
     assert not fetched
+
+
+def test_a_prepared_tree_is_listed_once(tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = []
+    list_tree = sources._list_tree
+    monkeypatch.setattr(sources, "_list_tree", lambda path: listed.append(path) or list_tree(path))
+    data = CIFAR10DataModule(data_dir=str(tmp_path / "tree"), batch_size=3)
+    for stage in ("fit", "test"):
+        data.prepare_data()
+        data.setup(stage)
+    assert len(listed) == 1
+
+
+def test_a_cache_damaged_after_it_was_prepared_is_decoded_again(tmp_path: Path, pixels: np.ndarray) -> None:
+    data = CIFAR10DataModule(data_dir=str(tmp_path / "tree"), batch_size=3)
+    data.prepare_data()
+    (cache_file,) = sources.cache_dir().glob("*.zip")
+    cache_file.write_bytes(cache_file.read_bytes()[:2000])
+    data.setup("test")
+    assert torch.equal(data.test.images, torch.from_numpy(pixels[1].reshape(8, 32, 32, 3)).permute(0, 3, 1, 2))
