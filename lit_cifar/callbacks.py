@@ -16,7 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from lit_cifar.errors import UserError
 from lit_cifar.loader import DeviceLoader, TrainBatches
-from lit_cifar.module import LitClassifier
+from lit_cifar.module import LitClassifier, normalise
 
 
 class RunningLoss(Callback):
@@ -189,7 +189,7 @@ class _Untraced(torch.nn.Module):
         self.mean, self.std = pl_module.mean, pl_module.std
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net((images.to(self.mean.dtype).div_(255) - self.mean) / self.std)
+        logits: Tensor = self.net(normalise(images, self.mean, self.std))
         return logits
 
 

@@ -137,10 +137,6 @@ def _nearest(typed: str, known: list[str]) -> str:
     return f": did you mean {close[0]}?" if close else ""
 
 
-class SaveConfig(SaveConfigCallback):
-    """Writes the run's config.yaml, as it was given with --config it starts the same run anew."""
-
-
 class CLI(LightningCLI):
     """Parses a command's arguments and makes its trainer, module and data module.
 
@@ -172,7 +168,7 @@ class CLI(LightningCLI):
             super().__init__(
                 LitClassifier,
                 CIFAR10DataModule,
-                save_config_callback=SaveConfig if logs else None,
+                save_config_callback=SaveConfigCallback if logs else None,
                 save_config_kwargs={"overwrite": True},  # of a resumed run; others have a folder of their own
                 trainer_defaults=TRAINER_DEFAULTS,
                 seed_everything_default=0,
@@ -311,9 +307,9 @@ def quiet_lightning() -> None:
     """Leaves Lightning's warnings, and silences its notes on what it found and how it could be extended."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning 2.6.6 asks torch 2.15 in a way that is to go (utilities/_pytree.py:21); users cannot mend it
     warnings.filterwarnings("ignore", message="The number of training batches")  # RunningLoss logs short epochs too
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
+    # Lightning 2.6.6 asks torch 2.15 in a way that is to go (utilities/_pytree.py:21); users cannot mend it
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
 
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from lit_cifar.errors import UserError
+from lit_cifar.files import sync_folder
 
 if TYPE_CHECKING:
     import requests
@@ -454,12 +455,7 @@ def _write(fd: int, data: bytes) -> None:
 
 def _fsync(path: Path) -> None:
     if path.is_dir():
-        with suppress(OSError):  # Windows and some network file systems cannot; the rename is atomic all the same
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        sync_folder(path)
     else:
         with path.open("rb+") as file:
             os.fsync(file.fileno())

@@ -21,6 +21,11 @@ from lit_cifar.report import Report
 Batch = tuple[Tensor, Tensor]
 
 
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Scales images (B, 3, 32, 32) uint8 0..255 to [0, 1] and normalises them by mean and std (3, 1, 1)."""
+    return (images.to(mean.dtype).div_(255) - mean) / std
+
+
 class LitClassifier(LightningModule):
     """Any net that maps images to logits, with cross-entropy, SGD and exact metrics.
 
@@ -92,8 +97,7 @@ class LitClassifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps images (B, 3, 32, 32) uint8 0..255 to logits (B, K): scales, normalises, applies the net."""
-        images = images.to(self.mean.dtype).div_(255)
-        logits: Tensor = self.net((images - self.mean) / self.std)
+        logits: Tensor = self.net(normalise(images, self.mean, self.std))
         return logits
 
     def setup(self, stage: str) -> None:
