@@ -1,6 +1,6 @@
 """PyTorch's CIFAR-10 tutorial as a plain script, to measure beside lit_cifar. Nothing here is used by the package.
 
-    python benchmarks/plain_pytorch.py DATA_DIR [--seed 0]
+    python benchmarks/plain_pytorch.py DATA_DIR [--seed 0] [--max_steps -1]
 
 Its net, transforms, DataLoader (batch 4, 2 workers), loss, optimiser, two epochs and test are the tutorial's. Only the
 images come from lit_cifar's reader, so that both see the same data; as in torchvision's CIFAR10 they lie in memory as
@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_steps", type=int, default=-1)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
@@ -73,6 +74,7 @@ def main() -> None:
     optimizer = optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
 
     train_started = time.perf_counter()
+    num_steps = 0
     for epoch in range(2):
         running_loss = 0.0
         for i, (inputs, labels) in enumerate(train_loader, 0):
@@ -84,6 +86,11 @@ def main() -> None:
             if i % 2000 == 1999:
                 print(f"[{epoch + 1}, {i + 1:5d}] loss: {running_loss / 2000:.3f}", flush=True)
                 running_loss = 0.0
+            num_steps += 1
+            if num_steps == args.max_steps:
+                break
+        if num_steps == args.max_steps:
+            break
     train_seconds = time.perf_counter() - train_started
 
     correct = total = 0
@@ -93,7 +100,8 @@ def main() -> None:
             total += labels.size(0)
             correct += (predicted == labels).sum().item()
     seconds = {"train": round(train_seconds, 1), "total": round(time.perf_counter() - STARTED, 1)}
-    print(json.dumps({"accuracy": correct / total, "seed": args.seed, "seconds": seconds, "torch": torch.__version__}))
+    result = {"accuracy": correct / total, "seed": args.seed, "num_steps": num_steps}
+    print(json.dumps({**result, "seconds": seconds, "torch": torch.__version__}))
 
 
 if __name__ == "__main__":

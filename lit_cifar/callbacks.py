@@ -2,6 +2,7 @@
 here, and callbacks do not know one another."""
 
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class RunningLoss(Callback):
         self._logged = [0.0, 0]  # sum and count since the last time, summed over ranks, in float64
         self._printed = [0.0, 0]
         self._logged_step = 0
+        self.train_started = 0.0  # on time.perf_counter's clock
+        self.first_step_seconds = 0.0  # with what comes with it once: warming up, compiling
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_every = int(trainer.log_every_n_steps) or self.every_n_steps  # type: ignore[attr-defined]
@@ -47,10 +50,13 @@ class RunningLoss(Callback):
         if trainer.is_global_zero:
             num_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
             write(trainer, f"training {num_parameters:,} parameters; run folder {run}")
+        self.train_started, self.first_step_seconds = time.perf_counter(), 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if not self.first_step_seconds:
+            self.first_step_seconds = time.perf_counter() - self.train_started
         self._losses[self._num_losses] = outputs["loss"]
         self._num_losses += 1
         step_in_epoch, num_steps = batch_idx + 1, int(trainer.num_training_batches)

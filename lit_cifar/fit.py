@@ -2,16 +2,19 @@
 
 import time
 
-_STARTED = time.perf_counter()  # before the imports, which are part of what a run costs
+_started = time.perf_counter()  # before the imports, which are part of what a run costs
 
 import os  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from lit_cifar import cli  # noqa: E402
+from lit_cifar.callbacks import RunningLoss  # noqa: E402
 from lit_cifar.checkpoint import find_checkpoint, read_checkpoint  # noqa: E402
 from lit_cifar.errors import UserError  # noqa: E402
-from lit_cifar.report import print_report, write_results  # noqa: E402
+from lit_cifar.report import peak_memory, print_report, write_results  # noqa: E402
+
+IMPORT_SECONDS = time.perf_counter() - _started
 
 # Settled in the first process and inherited by those that it starts on its node, which must resume the same run.
 RESUME_VARIABLE = "LIT_CIFAR_RESUME"
@@ -19,6 +22,7 @@ RESUME_VARIABLE = "LIT_CIFAR_RESUME"
 
 def main(args: list[str]) -> None:
     """Trains, tests and reports; `args` is the command line without the program's name."""
+    started = time.perf_counter() - IMPORT_SECONDS
     path, checkpoint, base = _resume(args)
     command = cli.CLI(
         args,
@@ -50,10 +54,17 @@ def main(args: list[str]) -> None:
     trainer.test(model, datamodule=data, ckpt_path=best if select else None, weights_only=True, verbose=False)
     if not trainer.is_global_zero:
         return
-    print_report(model.reports["test"])
+    print_report(model.reports["test"], model.reports.get("plain"))
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    seconds = {"fit": test_started - fit_started, "test": time.perf_counter() - test_started}
+    running_loss = next(callback for callback in trainer.callbacks if isinstance(callback, RunningLoss))  # type: ignore[attr-defined]
+    seconds = {
+        "start": running_loss.train_started - started,
+        "first_step": running_loss.first_step_seconds,
+        "fit": test_started - fit_started,
+        "test": time.perf_counter() - test_started,
+        "total": time.perf_counter() - started,
+    }
     write_results(run / "results.json", _results(command, seconds, "best" if select else "last"))
     print(f"\nRun: {run}\nDashboards: tensorboard --logdir {run.parent}")
 
@@ -99,10 +110,13 @@ def _results(command: cli.CLI, seconds: dict[str, float], tested: str) -> dict[s
         "num_train": len(data.train.labels),
         "num_val": data.num_val,
         **command.model.reports["test"].results(),
+        **({"accuracy_without_tta": plain.accuracy} if (plain := command.model.reports.get("plain")) else {}),
         "checkpoint": tested,
         "num_steps": trainer.global_step,
+        "batch_size": data.batch_size,
         "devices": trainer.world_size,
-        "seconds": {**seconds, "total": time.perf_counter() - _STARTED},
+        "seconds": seconds,
+        "peak_memory": peak_memory(),
         "seed": command.plain_config["seed_everything"],
     }
 

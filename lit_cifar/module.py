@@ -3,7 +3,7 @@
 B images in a batch, K classes. Images are (B, 3, 32, 32) uint8 0..255 until LitClassifier.forward.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,40 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lit_cifar.errors import UserError
 from lit_cifar.loader import DeviceLoader, TrainBatches
-from lit_cifar.optim import Schedule, lr_factor
+from lit_cifar.optim import Group, MuonSGD, Schedule, claim, lr_factor
 from lit_cifar.report import Report
 
 Batch = tuple[Tensor, Tensor]
+TTA = Literal["none", "mirror", "mirror_shift"]
+NUM_FIRST_IMAGES = 5000  # training images that a net which asks for it is initialised from
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Scales images (B, 3, 32, 32) uint8 0..255 to [0, 1] and normalises them by mean and std (3, 1, 1)."""
     return (images.to(mean.dtype).div_(255) - mean) / std
+
+
+def views(images: Tensor, tta: TTA) -> list[tuple[Tensor, float]]:
+    """The views of images (B, 3, 32, 32) whose logits test-time augmentation averages, each with its weight.
+
+    The first view is the images themselves. 'mirror' adds their mirror image; 'mirror_shift' also both of them shifted
+    by one pixel down and right, and up and left, with a reflected border. Weights as in cifar10-airbench.
+    """
+    shifted = []
+    if tta == "mirror_shift":
+        side = torch.arange(images.shape[2], device=images.device)
+        last = len(side) - 1
+        for shift in (-1, 1):
+            pixels = last - (last - (side + shift).abs()).abs()
+            shifted.append(images[:, :, pixels][:, :, :, pixels])
+    if tta == "none":
+        return [(images, 1.0)]
+    own, other = (0.5, 0.0) if tta == "mirror" else (0.25, 0.125)
+    return [
+        (view, weight)
+        for original, weight in [(images, own), *((image, other) for image in shifted)]
+        for view in (original, original.flip(3))
+    ]
 
 
 class LitClassifier(LightningModule):
@@ -36,11 +61,15 @@ class LitClassifier(LightningModule):
         weight_decay: L2 penalty of SGD.
         nesterov: Nesterov's form of momentum.
         label_smoothing: share of the target spread evenly over all classes, 0 to 1 (arXiv 1512.00567).
-        schedule: course of the learning rate over all steps: 'constant', 'cosine' to 0, or 'onecycle'.
+        schedule: course of the learning rate over all steps: 'constant', 'linear' or 'cosine' to 0, or 'onecycle'.
         warmup: share of the steps in which the rate rises, 0 to 1.
         mean: subtracted from pixels scaled to [0, 1], per channel; travels in the checkpoint.
         std: then divides them; travels in the checkpoint.
         compile: compile the net with torch.compile; its names in the checkpoint stay the same.
+        groups: parameter groups with settings of their own, and of kind 'sgd' or 'muon'; none: SGD for all parameters.
+        sides: side of the images in equal parts of the training, in pixels, at most 32: [24, 32] trains its first half
+            on images of 24x24. None: always as they are. Tests always see them as they are.
+        tta: test-time augmentation, whose views' logits are averaged: 'none', 'mirror', or 'mirror_shift' (6 views).
     """
 
     mean: Tensor
@@ -59,6 +88,9 @@ class LitClassifier(LightningModule):
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
         compile: bool = False,
+        groups: list[Group] | None = None,
+        sides: list[int] | None = None,
+        tta: TTA = "none",
     ) -> None:
         super().__init__()
         for flag, value, valid in (
@@ -68,6 +100,7 @@ class LitClassifier(LightningModule):
             ("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1),
             ("warmup", warmup, 0 <= warmup <= 1),
             ("std", std, min(std) > 0),
+            ("sides", sides, sides is None or (len(sides) > 0 and min(sides) >= 8 and max(sides) <= 32)),
         ):
             if not valid:
                 raise UserError(f"--model.{flag} {value} is out of range; see --help")
@@ -81,6 +114,9 @@ class LitClassifier(LightningModule):
         self.label_smoothing = label_smoothing
         self.schedule: Schedule = schedule
         self.warmup = warmup
+        self.groups = groups or []
+        self.sides = sides or []
+        self.tta: TTA = tta
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         # constants; DDP would broadcast them before each forward (7 % of a step: the tutorial's net, 2 processes)
@@ -88,16 +124,24 @@ class LitClassifier(LightningModule):
         self.compile_net = compile
         self.classes: tuple[str, ...] = ()
         self.config: dict[str, Any] = {}  # what the command line made of it, plain values; travels in the checkpoint
-        # of the stages 'val' and 'test'; made when the classes are known, and not checkpointed
+        # of the stages 'val', 'test' and 'plain', the test without its augmentation; made when the classes are known,
+        # and not checkpointed
         self.confusions: dict[str, MulticlassConfusionMatrix] = nn.ModuleDict()  # type: ignore[assignment]
         self.losses: dict[str, SummedLoss] = nn.ModuleDict()  # type: ignore[assignment]
         self.running_loss: float | None = None  # mean over the newest steps, for whoever shows it
-        self.reports: dict[str, Report] = {}  # of the stages 'val' and 'test', newest
+        self.reports: dict[str, Report] = {}  # newest of each stage
+        self._planned_steps: int | None = None
         self.example_input_array = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # for TensorBoard's graph
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Maps images (B, 3, 32, 32) uint8 0..255 to logits (B, K): scales, normalises, applies the net."""
-        logits: Tensor = self.net(normalise(images, self.mean, self.std))
+    def forward(self, images: Tensor, side: int | None = None) -> Tensor:
+        """Maps images (B, 3, 32, 32) uint8 0..255 to logits (B, K): scales, normalises, applies the net.
+
+        With a `side` the net sees them shrunk to side x side pixels.
+        """
+        normalised = normalise(images, self.mean, self.std)
+        if side is not None and side != images.shape[2]:
+            normalised = F.interpolate(normalised, size=(side, side), mode="bilinear", antialias=True)
+        logits: Tensor = self.net(normalised)
         return logits
 
     def setup(self, stage: str) -> None:
@@ -106,7 +150,12 @@ class LitClassifier(LightningModule):
         Raises:
             UserError: the net gives another number of logits than there are classes.
         """
-        self.set_classes(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.set_classes(datamodule.classes)
+        init_from_images = getattr(self.net, "init_from_images", None)
+        if stage == "fit" and callable(init_from_images):  # a resumed run's checkpoint is loaded after it
+            images = datamodule.train.images[:: max(1, len(datamodule.train.images) // NUM_FIRST_IMAGES)]
+            init_from_images(normalise(images.to(self.mean.device), self.mean, self.std))
         if stage == "fit" and self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
             # so that statistics are those of the whole batch, as on one device; not available on the CPU
             self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
@@ -129,7 +178,7 @@ class LitClassifier(LightningModule):
                 f"set --model.net.num_classes {len(classes)}"
             )
         self.classes = classes
-        for stage in ("val", "test"):
+        for stage in ("val", "test", "plain"):
             self.confusions[stage] = MulticlassConfusionMatrix(len(classes), validate_args=False)
             self.losses[stage] = SummedLoss()
         self.to(self.mean.device)
@@ -145,8 +194,16 @@ class LitClassifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of this rank's share, scaled so that the ranks' mean is the mean over the whole batch."""
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing, reduction="sum")
+        logits = self(images, self._side())
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
         return loss / self._mean_share(labels, batch_idx)
+
+    def _side(self) -> int | None:
+        if not self.sides:
+            return None
+        if self._planned_steps is None:
+            self._planned_steps = self._num_steps()
+        return self.sides[min(len(self.sides) * self.trainer.global_step // self._planned_steps, len(self.sides) - 1)]
 
     def _mean_share(self, labels: Tensor, batch_idx: int) -> float:
         # DDP averages gradients over ranks, whose shares of a short last batch differ by one
@@ -167,10 +224,17 @@ class LitClassifier(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
+        if self.tta != "none":
+            self._report("plain")
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         images, labels = batch
-        logits = self(images)
+        logits_of_views = [(self(view), weight) for view, weight in views(images, self.tta)]
+        if stage == "test" and self.tta != "none":
+            self._update("plain", logits_of_views[0][0], labels)
+        self._update(stage, sum(logits * weight for logits, weight in logits_of_views), labels)
+
+    def _update(self, stage: str, logits: Tensor, labels: Tensor) -> None:
         self.confusions[stage].update(logits.argmax(1), labels)
         self.losses[stage].update(logits, labels)
 
@@ -182,21 +246,27 @@ class LitClassifier(LightningModule):
         if self.trainer.sanity_checking:
             return
         self.reports[stage] = report
-        metrics = {f"{stage}/{name}": value for name, value in report.scalars().items()}
+        prefix = "test_without_tta" if stage == "plain" else stage
+        metrics = {f"{prefix}/{name}": value for name, value in report.scalars().items()}
         # every rank has the same values: max is exact where Lightning's mean over ranks would round
         self.log_dict(metrics, logger=False, sync_dist=True, reduce_fx="max")
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.trainer.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.SGD(
-            [{"params": list(self.net.parameters()), "name": "net"}],
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-            fused=self._can_fuse(),
-        )
+        settings = self._settings()
+        optimizer: torch.optim.Optimizer
+        if self.groups:
+            claimed = claim(self.net.named_parameters(), self.groups)
+            optimizer = MuonSGD(
+                [
+                    {**setting, "kind": group.kind, "params": parameters}
+                    for group, setting, parameters in zip(self.groups, settings, claimed, strict=True)
+                ]
+            )
+        else:
+            parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.SGD([{**settings[0], "params": parameters}], fused=self._can_fuse())
         if self.schedule == "constant" and not self.warmup:
             return optimizer
         num_steps = self._num_steps()
@@ -205,16 +275,29 @@ class LitClassifier(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _settings(self) -> list[dict[str, Any]]:
+        """Of each parameter group; what a group leaves open is the module's."""
+        own = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay", "nesterov")}
+        return [
+            {
+                "name": group.name,
+                **{key: value if (value := getattr(group, key)) is not None else own[key] for key in own},
+            }
+            for group in self.groups
+        ] or [{"name": "net", **own}]
+
     def on_train_start(self) -> None:
         """Lets flags given on a resume count: a restored optimiser comes with its checkpoint's settings."""
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        settings = self._settings()
         factor = 1.0
         for scheduler in schedulers:
-            scheduler.base_lrs = [self.lr] * len(scheduler.base_lrs)
+            scheduler.base_lrs = [setting["lr"] for setting in settings]
             factor = lr_factor(scheduler.last_epoch, self._num_steps(), self.schedule, self.warmup)
-        for group in self.trainer.optimizers[0].param_groups:
-            group.update(momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov)
-            group.update({"lr": self.lr * factor, **({"initial_lr": self.lr} if schedulers else {})})
+        for group, setting in zip(self.trainer.optimizers[0].param_groups, settings, strict=True):
+            group.update({**setting, "lr": setting["lr"] * factor})
+            if schedulers:
+                group["initial_lr"] = setting["lr"]
 
     def _can_fuse(self) -> bool:
         # one call for all parameters: 124 instead of 246 us a step for the tutorial's net (one CPU thread, torch 2.15);

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from torch import Tensor
 
 import lit_cifar
 from lit_cifar.files import write_durably
+
+try:
+    import resource
+except ImportError:  # Windows has no such thing
+    resource = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -80,15 +86,27 @@ class Report:
         }
 
 
-def print_report(report: Report) -> None:
-    """Prints the accuracies for people, on standard output."""
+def print_report(report: Report, without_tta: Report | None = None) -> None:
+    """Prints the accuracies for people, on standard output; with test-time augmentation, also what it is without."""
     print(f"\n{report.table()}")
+    if without_tta is not None:
+        print(f"\nWithout test-time augmentation: {100 * without_tta.accuracy:.2f} %")
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Writes results.json, with what it was measured with, whole or not at all."""
     results = {**results, "versions": versions(), "commit": commit()}
     write_durably(path, (json.dumps(results, indent=2) + "\n").encode())
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Peak memory so far in bytes: resident, of this process or the largest it started; on the GPU, if any."""
+    peak: int | None = None
+    if resource is not None:
+        own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        peak = max(own, children) * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return {"resident": peak, "gpu": gpu}
 
 
 def versions() -> dict[str, str]:

@@ -38,10 +38,12 @@ def main(args: list[str]) -> None:
     if not trainer.is_global_zero:
         return
     report = model.reports["test"]
-    print_report(report)
+    plain = model.reports.get("plain")
+    print_report(report, plain)
     results = {
         "dataset": data.dataset,
         **report.results(),
+        **({"accuracy_without_tta": plain.accuracy} if plain else {}),
         "checkpoint": str(path),
         "num_steps": checkpoint["global_step"],
         "devices": trainer.world_size,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from lit_cifar.errors import UserError
-from lit_cifar.loader import DeviceLoader, TrainBatches
-from lit_cifar.module import LitClassifier, SummedLoss
+from lit_cifar.loader import DeviceLoader, EvalBatches, TrainBatches
+from lit_cifar.module import LitClassifier, SummedLoss, views
 from lit_cifar.nets import Net
 from lit_cifar.optim import lr_factor
 from lit_cifar.report import Report
@@ -242,12 +242,16 @@ class Data(LightningDataModule):
     """23 images in batches of 4: six batches an epoch, the last of three images."""
 
     classes = CLASSES
+    train = test = make_split()
 
     def train_batches(self) -> TrainBatches:
         return TrainBatches(23, 4)
 
     def train_dataloader(self) -> DeviceLoader:
-        return DeviceLoader(make_split(), self.train_batches(), CPU)
+        return DeviceLoader(self.train, self.train_batches(), CPU)
+
+    def test_dataloader(self) -> DeviceLoader:
+        return DeviceLoader(self.test, EvalBatches(23, 10), CPU)
 
 
 @pytest.mark.parametrize(
@@ -320,3 +324,90 @@ def test_a_schedule_without_an_end_says_how_to_set_one() -> None:
     module._trainer = stub_trainer(max_epochs=-1)
     with pytest.raises(UserError, match=r"--model\.schedule cosine needs an end: set --max_epochs"):
         module.configure_optimizers()
+
+
+# ---- test-time augmentation, sides, parameter groups ----
+
+
+def test_views_are_torchvisions_flip_and_reflected_shifts_and_weigh_one() -> None:
+    images = make_split(3).images
+    padded = v2.functional.pad(images, [1], padding_mode="reflect")
+    shifted = [padded[:, :, :32, :32], padded[:, :, 2:, 2:]]
+    flipped = [v2.functional.horizontal_flip(view) for view in (images, *shifted)]
+    expected = [images, flipped[0], shifted[0], flipped[1], shifted[1], flipped[2]]
+    given = views(images, "mirror_shift")
+    for (view, _), other in zip(given, expected, strict=True):
+        assert view.equal(other)
+    assert [weight for _, weight in given] == [0.25, 0.25, 0.125, 0.125, 0.125, 0.125]
+    assert [weight for _, weight in views(images, "mirror")] == [0.5, 0.5]
+    [(view, weight)] = views(images, "none")
+    assert view is images
+    assert weight == 1
+
+
+def test_the_test_with_augmentation_reports_what_it_is_without_too() -> None:
+    data = Data()
+    reports = {}
+    for tta in ("none", "mirror_shift"):
+        module = LitClassifier(linear(10), tta=tta)  # type: ignore[arg-type]
+        trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+        trainer.test(module, datamodule=data, verbose=False)
+        reports[tta] = module.reports
+    assert set(reports["none"]) == {"test"}
+    assert reports["mirror_shift"]["plain"].confusion.equal(reports["none"]["test"].confusion)
+    with torch.no_grad():
+        logits = sum(weight * module(view) for view, weight in views(data.test.images, "mirror_shift"))
+    expected = confusion_matrix(data.test.labels, logits.argmax(1), labels=range(10))  # type: ignore[union-attr]
+    assert np.array_equal(reports["mirror_shift"]["test"].confusion.numpy(), expected)
+
+
+def test_a_side_shrinks_images_as_torchvision_does() -> None:
+    module = LitClassifier(nn.Identity())
+    images = make_split(4).images
+    expected = v2.functional.resize(module(images), [20, 20], antialias=True)
+    torch.testing.assert_close(module(images, side=20), expected)
+    assert module(images, side=32).equal(module(images))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_sides_share_the_training_in_equal_parts_and_the_test_sees_all_pixels() -> None:
+    seen: list[int] = []
+
+    class Watched(nn.Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images.shape[2])
+            return super().forward(images.mean((2, 3)))
+
+    module = LitClassifier(Watched(3, 10), sides=[16, 24, 32])
+    trainer = Trainer(
+        max_steps=9, max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        accelerator="cpu", use_distributed_sampler=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=Data())
+    trainer.test(module, datamodule=Data(), verbose=False)
+    assert seen[1:10] == [16, 16, 16, 24, 24, 24, 32, 32, 32]  # the first call counted the logits
+    assert set(seen[10:]) == {32}
+
+
+def test_a_net_that_asks_for_it_is_initialised_from_training_images_before_training() -> None:
+    class Asking(nn.Linear):
+        images: Tensor | None = None
+
+        def init_from_images(self, images: Tensor) -> None:
+            self.images = images
+
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.mean((2, 3)))
+
+    module = LitClassifier(Asking(3, 10))
+    module.trainer = SimpleNamespace(datamodule=Data(), world_size=1)  # type: ignore[assignment]
+    module.setup("test")
+    assert module.net.images is None
+    module.setup("fit")
+    torch.testing.assert_close(module.net.images, make_split().images / 127.5 - 1)
+
+
+@pytest.mark.parametrize("sides", [[], [4], [40]])
+def test_sides_out_of_range_are_refused(sides: list[int]) -> None:
+    with pytest.raises(UserError, match="sides"):
+        LitClassifier(nn.Identity(), sides=sides)

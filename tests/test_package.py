@@ -21,6 +21,7 @@ LAYERS = [
     {"checkpoint", "callbacks"},
     {"cli"},
     {"fit", "test"},
+    {"bench"},  # measures fit
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import lit_cifar.bench
 import lit_cifar.fit
 import lit_cifar.test
 from lit_cifar.cli import SHORT_FLAGS
@@ -17,7 +18,7 @@ COMMANDS = sorted(
     {
         (match[1], re.sub(r"\s+#.*", "", match[2]).strip())
         for document in DOCUMENTS
-        for match in re.finditer(r"python -m lit_cifar\.(fit|test)(?=[\s`])([^`\n]*)", document.read_text())
+        for match in re.finditer(r"python -m lit_cifar\.(fit|test|bench)(?=[\s`])([^`\n]*)", document.read_text())
     }
 )
 
@@ -41,6 +42,9 @@ def test_every_command_of_the_documents_parses(module: str, args: str) -> None:
     if module == "test":
         lit_cifar.test.main(typed)
         return
+    if module == "bench":
+        config, _, rest = lit_cifar.bench.split_flags(typed)
+        typed = ["--config", config, *rest]
     with pytest.raises(SystemExit) as done:
         lit_cifar.fit.main([*typed, "--print_config"])
     assert done.value.code == 0
@@ -50,13 +54,16 @@ def test_flags_that_documents_name_exist(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         lit_cifar.fit.main(["--help"])
     known = set(re.findall(r"--[\w.]+", capsys.readouterr().out)) | {f"--{short}" for short in SHORT_FLAGS}
+    known |= {f"--{flag}" for flag in lit_cifar.bench.OWN_FLAGS}
     known |= {"--ckpt_path", "--logdir", "--print_config", "--model.net.num_classes"}
     for document in DOCUMENTS:
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w.]+", document.read_text()))
         assert flags <= known, (document.name, flags - known)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_trains_two_steps(recipe: Path) -> None:
-    lit_cifar.fit.main(["--config", str(recipe), "--dataset", "shapes", "--trainer.fast_dev_run", "2"])
+def test_every_recipe_trains_two_steps(recipe: Path, precision: str) -> None:
+    flags = ["--dataset", "shapes", "--batch_size", "16", "--data.eval_batch_size", "16", "--precision", precision]
+    lit_cifar.fit.main(["--config", str(recipe), *flags, "--trainer.fast_dev_run", "2"])
     assert not Path("lightning_logs").exists()

@@ -1,0 +1,287 @@
+"""`python -m lit_cifar.bench CONFIG`: measures a recipe, or one stage of it. What is measured is in other modules."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_cifar import cli, fit
+from lit_cifar.errors import UserError
+from lit_cifar.module import normalise
+from lit_cifar.report import commit, versions
+
+STAGES = ("fit", "step", "loader")
+OWN_FLAGS = {"runs": "3", "stage": "fit", "warm": "false"}
+USAGE = """usage: python -m lit_cifar.bench CONFIG [--runs N] [--stage STAGE] [--warm true] [any flag of lit_cifar.fit]
+
+Measures a recipe; the last line it prints is JSON.
+
+  CONFIG           a file of configs/
+  --runs N         how many runs, or repetitions of a stage (default: 3); run i has seed --seed + i
+  --stage STAGE    fit:    trains and tests N times as lit_cifar.fit does, each run a process of its own (default)
+                   step:   milliseconds of a training step, and its ratio to the same under the Trainer's barebones
+                   loader: images per second of the input pipeline: order, augmentation, scaling, normalising
+  --warm true      fit: all runs in one process after one run of a few steps that is not counted, so that what is
+                   compiled once is not counted N times; for one device
+  anything else    goes to lit_cifar.fit: --data_dir, --devices, --precision, --trainer.max_steps, ...
+"""
+# two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom
+T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+WARM_UP_STEPS = 8
+TIMED_STEPS, UNTIMED_STEPS = 200, 20  # of a short measurement of --stage step
+SECONDS_A_REPETITION = 2.0  # a repetition of --stage step and loader takes at least about this long
+
+
+def main(args: list[str]) -> None:
+    """Measures and prints; `args` is the command line without the program's name."""
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    config, own, rest = split_flags(args)
+    num_runs = int(own["runs"])
+    if own["stage"] == "fit":
+        result = _bench_fit(config, num_runs, own["warm"] == "true", rest)
+    elif own["stage"] == "step":
+        result = _bench_step(config, num_runs, rest)
+    else:
+        result = _bench_loader(config, num_runs, rest)
+    where = {"config": config, "stage": own["stage"], "flags": rest}
+    print(json.dumps({**where, **result, "device": device(), "versions": versions(), "commit": commit()}))
+
+
+def split_flags(args: list[str]) -> tuple[str, dict[str, str], list[str]]:
+    """The config, bench's own flags, and those of lit_cifar.fit.
+
+    Raises:
+        UserError: there is no config, or one of bench's own flags has no such value.
+    """
+    config, own, rest = args[0], dict(OWN_FLAGS), list(args[1:])
+    if config.startswith("-"):
+        raise UserError("the recipe comes first: python -m lit_cifar.bench CONFIG [--runs N] ...")
+    if not Path(config).is_file():
+        raise UserError(f"no recipe at {config}: name a file, such as configs/tutorial.yaml")
+    for flag in own:
+        value = cli.value_of(flag, rest)
+        if value is not None:
+            own[flag] = value
+            position = next(i for i, arg in enumerate(rest) if arg.split("=")[0] == f"--{flag}")
+            del rest[position : position + (1 if "=" in rest[position] else 2)]
+    if not own["runs"].isdigit() or int(own["runs"]) < 1:
+        raise UserError(f"--runs: expected a number from 1, got {own['runs']}")
+    if own["stage"] not in STAGES:
+        raise UserError(f"--stage: expected one of {', '.join(STAGES)}, got {own['stage']}")
+    if own["warm"] not in ("true", "false"):
+        raise UserError(f"--warm: expected true or false, got {own['warm']}")
+    return config, own, rest
+
+
+def summary(values: list[float]) -> dict[str, float | int | None]:
+    """Mean, sample standard deviation, n, and half the width of the mean's 95 % interval by Student's t."""
+    n = len(values)
+    deviation = statistics.stdev(values) if n > 1 else None
+    half_width = None if deviation is None else (T95[n - 2] if n - 2 < len(T95) else 1.96) * deviation / math.sqrt(n)
+    return {"mean": statistics.fmean(values), "std": deviation, "n": n, "ci95": half_width}
+
+
+def table(rows: dict[str, tuple[list[float], int]]) -> str:
+    """Lines for people: for each quantity its values in so many decimals, as mean, standard deviation, n, interval."""
+    width = max(map(len, rows))
+    lines = [f"{'':<{width}}  {'mean':>12}  {'std':>10}   n  95 % interval of the mean"]
+    for name, (values, decimals) in rows.items():
+        found = summary(values)
+        mean, deviation, half = found["mean"], found["std"], found["ci95"]
+        assert mean is not None
+        spread = "-" if deviation is None else f"{deviation:,.{decimals}f}"
+        interval = "-" if half is None else f"{mean - half:,.{decimals}f} to {mean + half:,.{decimals}f}"
+        lines.append(f"{name:<{width}}  {mean:>12,.{decimals}f}  {spread:>10}  {found['n']:>2}  {interval}")
+    return "\n".join(lines)
+
+
+def device() -> str:
+    """The device that a figure was measured on, in words."""
+    threads = f"{torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), model)
+    return f"CPU, {os.cpu_count()} cores, {threads}: {model}"
+
+
+def _bench_fit(config: str, num_runs: int, warm: bool, rest: list[str]) -> dict[str, Any]:
+    seed = int(cli.value_of("seed", rest) or 0)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="lit_cifar-bench-") as folder:
+        flags = ["--config", config, *rest, "--trainer.default_root_dir", folder]
+        if warm:
+            _fit_here([*flags, "--trainer.max_steps", str(WARM_UP_STEPS)], Path(folder))
+        for run in range(num_runs):
+            args = [*flags, "--seed", str(seed + run)]
+            results.append((_fit_here if warm else _fit_in_process)(args, Path(folder)))
+            newest = results[-1]
+            print(
+                f"run {run + 1} of {num_runs}: seed {newest['seed']}, accuracy {100 * newest['accuracy']:.2f} %, "
+                f"fit {newest['seconds']['fit']:.1f} s, whole process {newest['seconds']['total']:.1f} s",
+                flush=True,
+            )
+    quantities: dict[str, tuple[Callable[[dict[str, Any]], float | None], int]] = {
+        "accuracy, %": (lambda run: 100 * run["accuracy"], 2),
+        "accuracy without TTA, %": (lambda run: _percent(run.get("accuracy_without_tta")), 2),
+        "fit, s": (lambda run: run["seconds"]["fit"], 2),
+        "of it first step (warm-up, compile), s": (lambda run: run["seconds"]["first_step"], 2),
+        "start to first step, s": (lambda run: run["seconds"]["start"], 2),
+        "whole process, s": (lambda run: run["seconds"]["total"], 2),
+        "images/s of the fit": (lambda run: run["num_steps"] * run["batch_size"] / run["seconds"]["fit"], 0),
+        "peak resident memory, MB": (lambda run: _megabytes(run["peak_memory"]["resident"]), 0),
+        "peak GPU memory, MB": (lambda run: _megabytes(run["peak_memory"]["gpu"]), 0),
+    }
+    rows = {}
+    for name, (read, decimals) in quantities.items():
+        values = [value for run in results if (value := read(run)) is not None]
+        if values:
+            rows[name] = (values, decimals)
+    print(f"\n{config} on {results[0]['dataset']}, {results[0]['num_train']:,} training images; {device()}")
+    print(table(rows), flush=True)
+    return {
+        "dataset": results[0]["dataset"],
+        "warm": warm,
+        "seeds": [run["seed"] for run in results],
+        **{name: {**summary(values), "values": values} for name, (values, _) in rows.items()},
+    }
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _megabytes(num_bytes: int | None) -> float | None:
+    return None if num_bytes is None else num_bytes / 1e6
+
+
+def _fit_in_process(args: list[str], folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "lit_cifar.fit", *args]
+    process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if process.returncode == 2:
+        raise UserError(process.stderr.strip().splitlines()[-1].removeprefix("lit_cifar: error: "))
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{process.stdout}{process.stderr}")
+    return _newest_results(folder)
+
+
+def _fit_here(args: list[str], folder: Path) -> dict[str, Any]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        fit.main(args)
+    return _newest_results(folder)
+
+
+def _newest_results(folder: Path) -> dict[str, Any]:
+    newest = max(folder.glob("lightning_logs/version_*/results.json"), key=lambda path: path.stat().st_mtime_ns)
+    results: dict[str, Any] = json.loads(newest.read_text())
+    return results
+
+
+class _Stopwatch(Callback):
+    """Notes the time after two of the steps; the device has finished its work by then."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.times: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step in (self.first, self.last):
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+
+    @property
+    def seconds_a_step(self) -> float:
+        return (self.times[1] - self.times[0]) / (self.last - self.first)
+
+
+def _bench_step(config: str, num_runs: int, rest: list[str]) -> dict[str, Any]:
+    """The recipe's step with everything on, and under barebones, in turn."""
+    limit = cli.value_of("trainer.max_steps", rest)
+    num_steps = int(limit) if limit else TIMED_STEPS + UNTIMED_STEPS
+    untimed = min(UNTIMED_STEPS, num_steps // 2)
+    milliseconds: dict[str, list[float]] = {"as configured": [], "barebones": []}
+    with tempfile.TemporaryDirectory(prefix="lit_cifar-bench-") as folder:
+        for _ in range(num_runs):
+            for kind, measured in milliseconds.items():
+                stopwatch = _Stopwatch(untimed, num_steps)
+                flags = ["--config", config, *rest, "--trainer.default_root_dir", folder]
+                flags += ["--trainer.max_steps", str(num_steps), "--trainer.max_epochs", "-1"]
+                with contextlib.redirect_stdout(io.StringIO()):
+                    command = cli.CLI(flags, prog="bench", description="", logs=kind != "barebones")
+                    command.datamodule.prepare_data()
+                    command.datamodule.setup("fit")
+                    trainer = command.trainer
+                    if kind == "barebones":
+                        settings = command.config["trainer"]
+                        trainer = Trainer(
+                            barebones=True,
+                            callbacks=[stopwatch],
+                            max_steps=num_steps,
+                            use_distributed_sampler=False,
+                            **{key: settings[key] for key in ("accelerator", "devices", "precision", "num_nodes")},
+                        )
+                        command.datamodule.trainer = trainer
+                    else:
+                        trainer.callbacks.append(stopwatch)  # type: ignore[attr-defined]
+                    trainer.fit(command.model, datamodule=command.datamodule)
+                measured.append(1000 * stopwatch.seconds_a_step)
+    ratios = [a / b for a, b in zip(milliseconds["as configured"], milliseconds["barebones"], strict=True)]
+    print(f"milliseconds a step of {config}, {num_steps - untimed} steps a repetition; {device()}")
+    print(table({**{name: (values, 3) for name, values in milliseconds.items()}, "ratio": (ratios, 3)}), flush=True)
+    named = {**milliseconds, "ratio": ratios}
+    return {"num_steps": num_steps - untimed} | {
+        name: {**summary(values), "median": statistics.median(values), "values": values}
+        for name, values in named.items()
+    }
+
+
+def _bench_loader(config: str, num_runs: int, rest: list[str]) -> dict[str, Any]:
+    command = cli.CLI(["--config", config, *rest], prog="bench", description="", logs=False)
+    data, model = command.datamodule, command.model
+    data.prepare_data()
+    data.setup("fit")
+    root = command.trainer.strategy.root_device
+    model.to(root)
+    loader = data.train_dataloader()
+    rates = []
+    for run in range(num_runs + 1):
+        num_images, epoch, started = 0, 0, time.perf_counter()
+        while time.perf_counter() - started < SECONDS_A_REPETITION:
+            loader.set_epoch(run * 1000 + epoch)
+            for images, _ in loader:
+                num_images += len(normalise(images, model.mean, model.std))
+            epoch += 1
+        if root.type == "cuda":
+            torch.cuda.synchronize()
+        rates.append(num_images / (time.perf_counter() - started))
+    rates = rates[1:]  # the first warms up
+    print(f"images/s of {config}'s input pipeline, batch {data.batch_size}; {device()}")
+    print(table({"images/s": (rates, 0)}), flush=True)
+    return {"dataset": data.dataset, "images/s": {**summary(rates), "values": rates}}
+
+
+if __name__ == "__main__":
+    cli.run(main)
