@@ -1,0 +1,358 @@
+"""Measures every bar of BENCHMARKS.md in one go and writes it: lit_cifar beside plain PyTorch, plain Lightning,
+torchvision's DataLoader, and a peer's speedrun where its script is at hand. Run it on a quiet machine.
+
+    python benchmarks/compare.py DATA_DIR [--only NAME ...] [--runs 3] [--airbench94 SCRIPT] [--output BENCHMARKS.md]
+
+DATA_DIR is anything that lit_cifar reads as a tree or an archive. With --only, the other sections stay as they are.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_cifar.bench import device
+from lit_cifar.report import commit, versions
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+@dataclass
+class Row:
+    """One quantity; `met` is None where there is no bar."""
+
+    quantity: str
+    ours: str
+    reference: str = "-"
+    ratio: str = "-"
+    bar: str = "-"
+    met: bool | None = None
+
+
+@dataclass
+class Section:
+    """What one measurement writes: its commands, a table of bars, and lines below it."""
+
+    title: str
+    commands: list[str]
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        lines = [f"## {self.title}", "", *(f"    {command}" for command in self.commands), ""]
+        lines += ["| quantity | lit_cifar | reference | ratio | bar | met |", "|---|---|---|---|---|---|"]
+        for row in self.rows:
+            met = "-" if row.met is None else "yes" if row.met else "**no**"
+            lines.append(f"| {row.quantity} | {row.ours} | {row.reference} | {row.ratio} | {row.bar} | {met} |")
+        return [*lines, "", *(f"{note}\n" for note in self.notes)]
+
+
+def run(*args: object, **env: str) -> str:
+    """Standard output of a Python command, which must succeed."""
+    command = [sys.executable, *map(str, args)]
+    print("$ python", *command[1:], flush=True)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
+
+
+def run_json(*args: object, **env: str) -> dict[str, Any]:
+    """The JSON in the last line of a command's standard output."""
+    result: dict[str, Any] = json.loads(run(*args, **env).splitlines()[-1])
+    return result
+
+
+def fit(*flags: object, **env: str) -> dict[str, Any]:
+    """results.json of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        run("-m", "lit_cifar.fit", *flags, "--trainer.default_root_dir", folder, **env)
+        results: dict[str, Any] = json.loads((Path(folder) / "lightning_logs/version_0/results.json").read_text())
+        return results
+
+
+def per_cent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def tutorial(args: argparse.Namespace) -> Section:
+    """Whole processes in turn: plain PyTorch, ours, plain Lightning."""
+    plain, ours = [], []
+    for seed in range(args.pairs):
+        plain.append(run_json(HERE / "plain_pytorch.py", args.data_dir, "--seed", seed))
+        ours.append(fit("--data_dir", args.data_dir, "--seed", seed))
+    lightning = run_json(HERE / "plain_lightning.py", args.data_dir, "--max_steps", args.lightning_steps)
+    ratio = statistics.median(a["seconds"]["total"] / b["seconds"]["total"] for a, b in zip(ours, plain, strict=True))
+    plain_step, our_step = (
+        1000 * statistics.median(values)
+        for values in (
+            [result["seconds"]["train"] / result["num_steps"] for result in plain],
+            [result["seconds"]["fit"] / result["num_steps"] for result in ours],
+        )
+    )
+    peak = max(result["peak_memory"]["resident"] for result in ours) / 1e9
+    lightning_step = 1000 * lightning["seconds"]["train"] / lightning["num_steps"]
+    return Section(
+        "The tutorial, whole process",
+        [
+            f"python benchmarks/plain_pytorch.py {args.data_dir} --seed 0",
+            f"python -m lit_cifar.fit --data_dir {args.data_dir} --seed 0",
+            f"python benchmarks/plain_lightning.py {args.data_dir} --max_steps {args.lightning_steps}",
+        ],
+        [
+            Row(
+                f"imports to report, s (medians, n = {args.pairs})",
+                f"{statistics.median(result['seconds']['total'] for result in ours):.1f}",
+                f"{statistics.median(result['seconds']['total'] for result in plain):.1f} (plain script)",
+                f"{ratio:.3f}",
+                "at most 0.333",
+                ratio <= 1 / 3,
+            ),
+            Row(
+                "training step, ms",
+                f"{our_step:.2f}",
+                f"{plain_step:.2f} (plain script)",
+                f"{our_step / plain_step:.3f}",
+            ),
+            Row(
+                "training step, ms",
+                f"{our_step:.2f}",
+                f"{lightning_step:.2f} (plain Lightning)",
+                f"{our_step / lightning_step:.3f}",
+            ),
+            Row(
+                "accuracy on 10,000 images",
+                ", ".join(per_cent(result["accuracy"]) for result in ours),
+                ", ".join(per_cent(result["accuracy"]) for result in plain),
+                bar="equal",
+            ),
+            Row("peak resident memory, GB", f"{peak:.2f}", bar="at most 1.1", met=peak <= 1.1),
+        ],
+    )
+
+
+def step(args: argparse.Namespace) -> Section:
+    """Everything on against barebones."""
+    flags = ["configs/tutorial.yaml", "--stage", "step", "--runs", "9", "--data_dir", args.data_dir]
+    flags += ["--trainer.max_steps", "2500"]
+    result = run_json("-m", "lit_cifar.bench", *flags)
+    ratio = result["ratio"]["median"]
+    return Section(
+        "A training step with everything on, against the same under barebones",
+        [f"python -m lit_cifar.bench {' '.join(map(str, flags))}"],
+        [
+            Row(
+                f"tutorial step, ms (medians, n = {result['ratio']['n']})",
+                f"{result['as configured']['median']:.3f}",
+                f"{result['barebones']['median']:.3f} (barebones)",
+                f"{ratio:.3f}",
+                "at most 1.05",
+                ratio <= 1.05,
+            )
+        ],
+        [f"Ratios of the pairs: {', '.join(f'{value:.3f}' for value in sorted(result['ratio']['values']))}."],
+    )
+
+
+def loader(args: argparse.Namespace) -> Section:
+    """Crop, flip, scale and normalise, in turn with torchvision's."""
+    flags = ["configs/resnet18.yaml", "--stage", "loader", "--runs", "3", "--data_dir", args.data_dir]
+    flags += ["--data.augment.cutout", "0"]
+    ours, theirs = [], []
+    for _ in range(3):
+        ours.append(run_json("-m", "lit_cifar.bench", *flags, OMP_NUM_THREADS="1")["images/s"]["mean"])
+        theirs.append(run_json(HERE / "torchvision_loader.py", args.data_dir)["images/s"])
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return Section(
+        "The input pipeline: crop, flip, scaling, normalising, batch 512",
+        [
+            f"OMP_NUM_THREADS=1 python -m lit_cifar.bench {' '.join(map(str, flags))}",
+            f"python benchmarks/torchvision_loader.py {args.data_dir}",
+        ],
+        [
+            Row(
+                "images/s (medians, n = 3)",
+                f"{statistics.median(ours):,.0f} (one thread)",
+                f"{statistics.median(theirs):,.0f} (torchvision, 2 workers)",
+                f"{ratio:.1f}",
+                "at least 20",
+                ratio >= 20,
+            )
+        ],
+    )
+
+
+def speedrun94(args: argparse.Namespace) -> Section:
+    """Ours over some seeds; the peer's steps before and after, since a run of its takes long."""
+    flags = ["configs/speedrun94.yaml", "--runs", args.runs, "--data_dir", args.data_dir]
+    commands = [f"python -m lit_cifar.bench {' '.join(map(str, flags))}"]
+    peers: dict[str, list[float]] = {"bfloat16": [], "float32": []}
+
+    def time_peer() -> None:
+        for dtype, measured in peers.items():
+            peer = [HERE / "run_airbench.py", args.airbench94, args.data_dir, "--steps", 8, "--dtype", dtype]
+            measured.append(run_json(*peer)["median_step_seconds"])
+
+    if args.airbench94:
+        commands.append("python benchmarks/run_airbench.py airbench94_muon.py DATA_DIR --steps 8 --dtype bfloat16")
+        time_peer()
+    result = run_json("-m", "lit_cifar.bench", *flags)
+    if args.airbench94:
+        time_peer()
+    seconds, accuracy, plain = (result[name] for name in ("fit, s", "accuracy, %", "accuracy without TTA, %"))
+    rows = []
+    for dtype, times in peers.items():
+        if times:
+            peer_seconds = 200 * statistics.fmean(times)
+            ratio = seconds["mean"] / peer_seconds
+            reference = f"{peer_seconds:.0f} (airbench94_muon in {dtype}: 200 steps of {peer_seconds / 200:.2f} s)"
+            row = Row(f"fit, s (mean, n = {args.runs})", f"{seconds['mean']:.0f}", reference, f"{ratio:.3f}")
+            if dtype == "bfloat16":
+                row.bar, row.met = "at most 0.65", ratio <= 0.65
+            rows.append(row)
+    found = f"{accuracy['mean']:.2f} (std {accuracy['std'] or 0:.2f})"
+    rows.append(
+        Row(
+            f"accuracy with TTA, % (mean, n = {args.runs})",
+            found,
+            "90.7 on the JPEG data",
+            bar="at least 90.55",
+            met=accuracy["mean"] >= 90.55,
+        )
+    )
+    rows.append(Row("accuracy without TTA, %", f"{plain['mean']:.2f}", "89.5 on the JPEG data"))
+    return Section("speedrun94 on the CPU", commands, rows, [f"Accuracies: {accuracy['values']}."])
+
+
+def processes(args: argparse.Namespace) -> Section:
+    """Seconds a step from the times at which a run prints its steps' lines, for one and two processes."""
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(args.pairs):
+        for devices, measured in times.items():
+            measured.append(_seconds_a_step(args, devices))
+    speedup = statistics.median(one / two for one, two in zip(*times.values(), strict=True))
+    one, two = (statistics.median(measured) for measured in times.values())
+    return Section(
+        "Two processes",
+        [
+            "OMP_NUM_THREADS=1 python -m lit_cifar.fit --config configs/resnet18.yaml --accelerator cpu --devices N "
+            "--trainer.max_steps 8 --running_loss.every_n_steps 1"
+        ],
+        [
+            Row(
+                f"ResNet-18, batch 512, s a step (medians, n = {args.pairs})",
+                f"{two:.2f} (2 processes)",
+                f"{one:.2f} (1 process)",
+                f"{speedup:.2f} times",
+                "at least 1.85",
+                speedup >= 1.85,
+            )
+        ],
+    )
+
+
+def _seconds_a_step(args: argparse.Namespace, devices: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "lit_cifar.fit", "--config", "configs/resnet18.yaml", "--accelerator", "cpu"]
+        command += ["--devices", str(devices), "--trainer.max_steps", "8", "--running_loss.every_n_steps", "1"]
+        command += ["--data_dir", str(args.data_dir), "--trainer.default_root_dir", folder]
+        command += ["--trainer.limit_test_batches", "1", "--trainer.enable_checkpointing", "false"]
+        print("$ python", *command[1:], flush=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        arrived = []
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if re.match(r"epoch 1  step", line):
+                    arrived.append(time.perf_counter())
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+    # the first two warm up
+    return statistics.median(after - before for before, after in itertools.pairwise(arrived[1:]))
+
+
+def start(args: argparse.Namespace) -> Section:
+    """To the first step, against importing Lightning and reading the same data; and the memory of a first use."""
+    read = (
+        "import time; started = time.perf_counter(); import lightning.pytorch; from pathlib import Path; "
+        "from lit_cifar.data import CIFAR10DataModule; "
+        f"data = CIFAR10DataModule({str(args.data_dir)!r}); data.prepare_data(); "
+        "data.setup('fit'); data.setup('test'); import json; print(json.dumps(time.perf_counter() - started))"
+    )
+    ours, floors = [], []
+    for _ in range(5):
+        floors.append(float(run("-c", read)))
+        ours.append(fit("--data_dir", args.data_dir, "--trainer.max_steps", 1)["seconds"]["start"])
+    ratio = statistics.median(a / b for a, b in zip(ours, floors, strict=True))
+    with tempfile.TemporaryDirectory() as cache:
+        decoding = fit("--data_dir", args.data_dir, "--trainer.max_steps", 1, LIT_CIFAR_CACHE=cache)
+    peak = decoding["peak_memory"]["resident"] / 1e9
+    return Section(
+        "Start, and the memory of a first use",
+        [f"python -m lit_cifar.fit --data_dir {args.data_dir} --trainer.max_steps 1"],
+        [
+            Row(
+                "to the first step, s (medians, n = 5)",
+                f"{statistics.median(ours):.2f}",
+                f"{statistics.median(floors):.2f} (import lightning.pytorch, read the data)",
+                f"{ratio:.2f}",
+                "at most 1.5",
+                ratio <= 1.5,
+            ),
+            Row("peak resident memory when 60,000 images are decoded, GB", f"{peak:.2f}", bar="under 1", met=peak < 1),
+        ],
+    )
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], Section]] = {
+    "tutorial": tutorial,
+    "step": step,
+    "loader": loader,
+    "start": start,
+    "processes": processes,
+    "speedrun94": speedrun94,
+}
+MARK = "<!-- {} -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir", type=Path)
+    parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--runs", type=int, default=3, help="of speedrun94")
+    parser.add_argument("--pairs", type=int, default=1, help="of the tutorial and of one and two processes")
+    parser.add_argument("--lightning_steps", type=int, default=3000, help="of the plain Lightning script")
+    parser.add_argument("--airbench94", type=Path, help="a copy of airbench94_muon.py; see benchmarks/README.md")
+    parser.add_argument("--output", type=Path, default=ROOT / "BENCHMARKS.md")
+    args = parser.parse_args()
+    for name in args.only:
+        section = SECTIONS[name](args)
+        software = ", ".join(f"{package} {version}" for package, version in versions().items())
+        stamp = f"{time.strftime('%Y-%m-%d')}; {device()}; {software}; commit {commit()}."
+        text = "\n".join([MARK.format(name), "", *section.lines(), stamp, "", MARK.format(f"end of {name}")])
+        write(args.output, name, text)
+        print(text, flush=True)
+
+
+def write(output: Path, name: str, text: str) -> None:
+    """Puts a section in its place between its marks, or at the end."""
+    whole = output.read_text() if output.exists() else "# Benchmarks\n"
+    pattern = re.compile(re.escape(MARK.format(name)) + ".*" + re.escape(MARK.format(f"end of {name}")), re.DOTALL)
+    whole = pattern.sub(lambda _: text, whole) if pattern.search(whole) else f"{whole.rstrip()}\n\n{text}\n"
+    output.write_text(whole)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(os.cpu_count() or 1)
+    main()

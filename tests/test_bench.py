@@ -1,0 +1,102 @@
+"""bench measures what it says: its statistics against scipy's, its runs against the runs' own results."""
+
+import json
+import math
+
+import pytest
+import scipy.stats  # type: ignore[import-untyped]
+from conftest import ROOT, Run
+
+from lit_cifar import bench
+from lit_cifar.errors import UserError
+
+RECIPE = str(ROOT / "configs/tutorial.yaml")
+QUICK = ["--dataset", "shapes", "--batch_size", "100", "--trainer.max_steps", "12"]
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 31])
+def test_the_interval_is_students(n: int) -> None:
+    values = [90 + math.sin(i) for i in range(n)]
+    found = bench.summary(values)
+    low, high = scipy.stats.t.interval(0.95, n - 1, scipy.stats.tmean(values), scipy.stats.sem(values))
+    assert found["n"] == n
+    assert found["mean"] == pytest.approx((low + high) / 2)
+    assert found["ci95"] == pytest.approx((high - low) / 2, rel=1e-3)
+    assert found["std"] == pytest.approx(scipy.stats.tstd(values))
+
+
+def test_one_value_has_no_spread() -> None:
+    assert bench.summary([3.0]) == {"mean": 3.0, "std": None, "n": 1, "ci95": None}
+    assert "-" in bench.table({"seconds": ([3.0], 1)})
+
+
+def test_each_run_is_a_process_with_a_seed_of_its_own(run_command: Run) -> None:
+    done = run_command("lit_cifar.bench", RECIPE, "--runs", 2, *QUICK, "--seed", 5, "--model.tta", "mirror")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["seeds"] == [5, 6]
+    assert result["dataset"] == "shapes"
+    values = result["accuracy, %"]["values"]
+    assert len(set(values)) == 2
+    assert result["accuracy, %"]["mean"] == pytest.approx(sum(values) / 2)
+    assert result["accuracy without TTA, %"]["n"] == 2
+    fit, total = result["fit, s"]["mean"], result["whole process, s"]["mean"]
+    assert 0 < result["of it first step (warm-up, compile), s"]["mean"] < fit < total
+    assert result["start to first step, s"]["mean"] < total
+    assert 100 < result["peak resident memory, MB"]["mean"] < 5000
+    assert {"device", "versions", "commit"} <= result.keys()
+    # the same seed gives the same accuracy in a run of its own
+    alone = run_command("lit_cifar.fit", "--config", RECIPE, *QUICK, "--seed", 6, "--model.tta", "mirror")
+    assert f"{values[1]:.2f} %" in alone.stdout
+
+
+def test_warm_runs_give_what_runs_of_their_own_give(capsys: pytest.CaptureFixture[str], run_command: Run) -> None:
+    bench.main([RECIPE, "--runs", "2", "--warm", "true", *QUICK])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    alone = run_command("lit_cifar.bench", RECIPE, "--runs", 2, *QUICK)
+    assert result["accuracy, %"]["values"] == json.loads(alone.stdout.splitlines()[-1])["accuracy, %"]["values"]
+
+
+def test_the_step_is_measured_beside_barebones(capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main([RECIPE, "--stage", "step", "--runs", "2", *QUICK])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["num_steps"] == 6
+    for ratio, ours, bare in zip(
+        *(result[name]["values"] for name in ("ratio", "as configured", "barebones")), strict=True
+    ):
+        assert ratio == pytest.approx(ours / bare)
+
+
+def test_the_loader_alone_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "SECONDS_A_REPETITION", 0.2)
+    bench.main([RECIPE, "--stage", "loader", "--runs", "2", "--dataset", "shapes"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["images/s"]["values"]) == 2
+    assert min(result["images/s"]["values"]) > 1000
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--runs", "3"], "the recipe comes first"),
+        (["nowhere.yaml"], "no recipe at nowhere.yaml"),
+        ([RECIPE, "--runs", "0"], "--runs: expected a number from 1, got 0"),
+        ([RECIPE, "--stage", "walk"], "--stage: expected one of fit, step, loader"),
+        ([RECIPE, "--warm", "maybe"], "--warm: expected true or false"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(args: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        bench.main(args)
+
+
+def test_a_run_that_fails_tells_its_own_line_and_code(run_command: Run) -> None:
+    done = run_command("lit_cifar.bench", RECIPE, "--batch_size", 0, "--dataset", "shapes")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--batch_size 0" in done.stderr
+
+
+def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(["--help"])
+    assert "usage: python -m lit_cifar.bench CONFIG" in capsys.readouterr().out
