@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check clean
+.PHONY: help demo test test-slow test-gpu bench check clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ test-slow: .venv/installed-dev ## the tests that take minutes
 
 test-gpu: .venv/installed-dev ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+DATA_DIR ?= data
+bench: .venv/installed-dev ## measure every bar of BENCHMARKS.md, about an hour: DATA_DIR=FOLDER [AIRBENCH94=SCRIPT]
+	$(BIN)/python benchmarks/compare.py $(DATA_DIR) $(if $(AIRBENCH94),--airbench94 $(AIRBENCH94))
 
 check: .venv/installed-dev ## style and types
 	$(BIN)/ruff check .

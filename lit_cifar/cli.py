@@ -20,8 +20,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_cifar import loop
 from lit_cifar.callbacks import Dashboard, DeviceShapes, ProgressBar, RunningLoss
 from lit_cifar.checkpoint import Checkpoints, DurableCheckpointIO, RunLogger, run_folder, run_version
 from lit_cifar.data import CIFAR10DataModule
@@ -51,9 +53,10 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # DeviceLoader shares each batch itself
 }
-# Up to this batch size one thread: with the tutorial's net and batch 4 a step takes 2.3 to 2.8 ms on one thread and 2.1
-# to 2.9 on two (2 CPU cores, n = 3, torch 2.15), but 40 on two when another process wants a core
-SMALL_BATCH = 16
+# Up to this many images times parameters a step is too small for two threads and for oneDNN's preparations. The
+# tutorial's net at batch 4 (0.25 million): forward, backward and SGD take 1.65 ms with oneDNN and 1.20 without (one
+# thread, torch 2.14, 2 CPU cores); two threads gain nothing and lose much when another process wants a core
+SMALL_STEP = 2**20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 OWN_FLAGS = ("resume", "ckpt_path", "output", "trust")  # what to do this once; no part of the config
 TRUSTED = ("lit_cifar.", "torchvision.", "torch.nn.")  # a checkpoint's config may name classes from these by itself
@@ -200,15 +203,12 @@ class CLI(LightningCLI):
             _set_base(parser, self._base)
 
     def before_instantiate_classes(self) -> None:
-        if self.config["data"]["batch_size"] > SMALL_BATCH:
-            keep_freed_memory()
-        elif "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)
         self.options = {key: self.config.pop(key, None) for key in OWN_FLAGS}
 
     def instantiate_classes(self) -> None:
         self.plain_config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         super().instantiate_classes()
+        suit_cpu(self.datamodule.batch_size * sum(parameter.numel() for parameter in self.model.net.parameters()))
         self.model.config = self.plain_config
         self.datamodule.trainer = self.trainer
 
@@ -228,12 +228,26 @@ class CLI(LightningCLI):
             overrides["logger"] = False
         elif config["logger"] in (None, True):
             overrides["logger"] = self._run_logger(config["default_root_dir"])
+        if config["strategy"] in ("auto", "ddp") and self._has_several_devices(config):
+            # Gradients are views of what is exchanged, so that nothing is copied; this project's nets use all their
+            # parameters in each step, which lets DDP plan the exchange once
+            static = type(self.model.net).__module__.startswith("lit_cifar.nets")
+            overrides["strategy"] = DDPStrategy(gradient_as_bucket_view=True, static_graph=static)
         if config["enable_checkpointing"] is False:
             self.parser.callback_keys.remove("checkpoint")
         try:
-            return super().instantiate_trainer(**{**kwargs, **overrides})
+            trainer = super().instantiate_trainer(**{**kwargs, **overrides})
         except (TypeError, ValueError) as error:  # how Lightning refuses a number of devices, a precision, ...
             raise UserError(f"the Trainer refuses its settings: {error}") from error
+        loop.install(trainer)
+        return trainer
+
+    @staticmethod
+    def _has_several_devices(config: Any) -> bool:
+        devices, num_gpus = str(config["devices"]), torch.cuda.device_count()
+        if int(config["num_nodes"]) > 1 or devices not in ("1", "auto", "-1"):
+            return True
+        return devices != "1" and config["accelerator"] in ("auto", "gpu", "cuda") and num_gpus > 1
 
     def _run_logger(self, save_dir: str | None) -> Logger:
         if self._resume is not None:
@@ -306,6 +320,16 @@ def value_of(flag: str, args: Sequence[str]) -> str | None:
         if arg.startswith(f"--{flag}="):
             return arg.split("=", 1)[1]
     return None
+
+
+def suit_cpu(size: int) -> None:
+    """Settles threads, kernels and memory on the CPU for a step of `size` images times parameters."""
+    small = size <= SMALL_STEP
+    torch.backends.mkldnn.enabled = not small  # type: ignore[assignment]
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    if not small:
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> None:

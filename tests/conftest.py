@@ -27,8 +27,9 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("LIT_CIFAR_RESUME", raising=False)
     torch.set_num_threads(1)
-    random_state = torch.get_rng_state()
+    random_state, mkldnn = torch.get_rng_state(), torch.backends.mkldnn.enabled
     yield
+    torch.backends.mkldnn.enabled = mkldnn
     torch.set_rng_state(random_state)
 
 

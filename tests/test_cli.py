@@ -1,17 +1,20 @@
 """The command line: two spellings of a flag, configs that reproduce themselves, errors that people can act on."""
 
 import os
+import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, Run
+from lightning.pytorch.strategies import DDPStrategy
 
 import lit_cifar.fit
-from lit_cifar.cli import SHORT_FLAGS
+from lit_cifar.cli import CLI, SHORT_FLAGS
 from lit_cifar.errors import UserError
 
 VALUES = {
@@ -28,6 +31,10 @@ VALUES = {
     "precision": "bf16-mixed",
     "seed": "11",
 }
+
+
+def make_cli(flags: list[str]) -> CLI:
+    return CLI(flags, prog="test", description="", logs=False)
 
 
 def print_config(*args: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -150,3 +157,69 @@ def test_errors_of_the_program_keep_their_traceback(run_command: Run) -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "AssertionError: a bug of ours" in done.stderr
+
+
+# ---- what suits the machine ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "small"),
+    [
+        (["--batch_size", "4"], True),
+        (["--batch_size", "500"], False),
+        (["--batch_size", "4", "--model.net", "lit_cifar.nets.ResNet18"], False),
+    ],
+)
+def test_small_steps_run_on_one_thread_without_onednn(
+    flags: list[str], small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(2)
+    make_cli(flags)
+    assert torch.backends.mkldnn.enabled is not small
+    assert torch.get_num_threads() == (1 if small else 2)
+
+
+def test_a_number_of_threads_that_is_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+    make_cli(["--batch_size", "4"])
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_kept_memory_is_not_given_back_to_the_system() -> None:
+    resident = "int(open('/proc/self/statm').read().split()[1]) * 4096"
+    code = (
+        "import sys, torch; from lit_cifar.cli import keep_freed_memory\n"
+        "if sys.argv[1] == 'keep': keep_freed_memory()\n"
+        f"x = torch.ones(2**27); del x; print({resident})"
+    )
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "return")
+    )
+    assert kept - returned > 0.9 * 2**29
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], None),
+        (["--devices", "auto"], None),
+        (["--devices", "2"], {"gradient_as_bucket_view": True, "static_graph": True}),
+        (["--devices", "2", "--strategy", "ddp"], {"gradient_as_bucket_view": True, "static_graph": True}),
+        (
+            ["--devices", "2", "--model.net", "torchvision.models.resnet18", "--model.net.num_classes", "10"],
+            {"gradient_as_bucket_view": True, "static_graph": False},
+        ),
+        (["--devices", "2", "--strategy", "ddp_find_unused_parameters_true"], {"find_unused_parameters": True}),
+    ],
+)
+def test_several_devices_exchange_gradients_without_copies(flags: list[str], expected: dict[str, bool] | None) -> None:
+    strategy = make_cli(["--accelerator", "cpu", *flags]).trainer.strategy
+    if expected is None:
+        assert not isinstance(strategy, DDPStrategy)
+    else:
+        assert isinstance(strategy, DDPStrategy)
+        assert strategy._ddp_kwargs == expected

@@ -44,7 +44,7 @@ def assert_same_run(one: str, other: str) -> None:
     """Weights, losses and figures are identical to the bit."""
     assert all(torch.equal(weight, weights(other)[name]) for name, weight in weights(one).items())
     assert scalars(one) == scalars(other)
-    ignored = ("seconds", "commit")
+    ignored = ("seconds", "peak_memory", "commit")
     assert {k: v for k, v in results(one).items() if k not in ignored} == {
         k: v for k, v in results(other).items() if k not in ignored
     }
@@ -136,12 +136,18 @@ def test_the_best_checkpoint_follows_validation_and_is_the_one_tested() -> None:
 
 
 def resumable(schedule: str) -> list[str]:
+    if schedule == "speedrun94":  # the recipe, smaller: alternating flips, Muon, growing images, BatchNorm
+        return [
+            *("--config", str(ROOT / "configs/speedrun94.yaml"), *SHAPES, "--max_epochs", "2"),
+            *("--model.net.widths", "[8, 16, 16]", "--batch_size", "20", "--trainer.limit_train_batches", "120"),
+            *("--model.sides", "[16, 20, 24]", "--checkpoint.every_n_train_steps", "37"),
+        ]
     return [*SHAPES, "--batch_size", "20", "--max_epochs", "2", "--lr", "0.02", "--trainer.limit_train_batches", "120",
             "--model.schedule", schedule, "--model.warmup", "0.3", *AUGMENT,
             "--checkpoint.every_n_train_steps", "37"]  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ["constant", "onecycle"])
+@pytest.mark.parametrize("schedule", ["constant", "onecycle", "speedrun94"])
 def test_stopped_in_mid_epoch_and_resumed_equals_never_stopped(schedule: str) -> None:
     lit_cifar.fit.main(resumable(schedule))
     with pytest.raises(_StopError):
@@ -152,7 +158,7 @@ def test_stopped_in_mid_epoch_and_resumed_equals_never_stopped(schedule: str) ->
     assert_same_run("version_0", "version_1")
 
 
-@pytest.mark.parametrize("schedule", [pytest.param("constant", marks=pytest.mark.slow), "onecycle"])
+@pytest.mark.parametrize("schedule", [pytest.param("constant", marks=pytest.mark.slow), "onecycle", "speedrun94"])
 def test_killed_on_2_processes_and_resumed_equals_never_stopped(run_command: Run, schedule: str) -> None:
     args = [*resumable(schedule), "--devices", "2"]
     whole = run_command("lit_cifar.fit", *args)
@@ -285,6 +291,28 @@ def test_accumulated_gradients_leave_the_logged_loss_as_it_is() -> None:
     once, thrice = (scalars(f"version_{version}")["train/loss"] for version in (0, 1))
     assert [step for step, _ in thrice] == [50, 100]
     assert thrice[0][1] == pytest.approx(sum(loss for _, loss in once[:3]) / 3, rel=1e-6)
+
+
+def test_the_report_and_the_results_tell_what_it_is_without_augmentation(capsys: pytest.CaptureFixture[str]) -> None:
+    lit_cifar.fit.main([*SHORT, "--model.tta", "mirror_shift"])
+    without = results("version_0")["accuracy_without_tta"]
+    assert f"Without test-time augmentation: {100 * without:.2f} %" in capsys.readouterr().out
+    checkpoint = ["--ckpt_path", "lightning_logs/version_0/checkpoints/last.ckpt"]
+    lit_cifar.test.main([*checkpoint, "--model.tta", "none"])
+    plain = json.loads(Path("lightning_logs/version_0/test-last.json").read_text())
+    assert plain["accuracy"] == without == scalars("version_0")["test_without_tta/accuracy"][0][1]
+    lit_cifar.test.main(checkpoint)
+    again = json.loads(Path("lightning_logs/version_0/test-last.json").read_text())
+    assert (again["accuracy"], again["accuracy_without_tta"]) == (results("version_0")["accuracy"], without)
+
+
+def test_seconds_and_memory_of_a_run_fit_together() -> None:
+    lit_cifar.fit.main([*SHORT, "--trainer.max_steps", "20"])
+    report = results("version_0")
+    seconds = report["seconds"]
+    assert 0 < seconds["first_step"] < seconds["fit"]
+    assert seconds["start"] + seconds["first_step"] + seconds["test"] < seconds["total"]
+    assert 1e8 < report["peak_memory"]["resident"] < 5e9
 
 
 def test_a_run_shorter_than_the_logging_interval_logs_its_end() -> None:

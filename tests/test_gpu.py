@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import lit_cifar.fit
 from lit_cifar.augment import Augment
@@ -49,3 +50,19 @@ def test_nothing_waits_for_the_gpu_between_logging_steps() -> None:
         lit_cifar.fit.main(args)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_trains_on_the_gpu(recipe: Path, precision: str) -> None:
+    flags = ["--dataset", "shapes", "--batch_size", "100", "--accelerator", "gpu", "--precision", precision]
+    lit_cifar.fit.main(["--config", str(recipe), *flags, "--trainer.fast_dev_run", "3"])
+
+
+def test_the_gpu_holds_no_float_copy_of_the_images() -> None:
+    torch.cuda.reset_peak_memory_stats()
+    lit_cifar.fit.main(
+        ["--dataset", "shapes", "--batch_size", "4", "--trainer.max_steps", "50", "--accelerator", "gpu"]
+    )
+    # 12,000 images are 37 MB as bytes and would be 147 MB as float32
+    assert torch.cuda.max_memory_allocated() < 100e6

@@ -18,7 +18,7 @@ LAYERS = [
     {"loader"},
     {"report"},
     {"data", "module"},
-    {"checkpoint", "callbacks"},
+    {"checkpoint", "callbacks", "loop"},
     {"cli"},
     {"fit", "test"},
     {"bench"},  # measures fit

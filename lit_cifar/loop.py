@@ -1,0 +1,119 @@
+"""The Trainer's loop over training batches, without the calls that nobody answers. What a step computes is the
+module's, what happens around it the callbacks'.
+
+Lightning 2.6 makes some 60 Python calls a step to hooks of the strategy, the precision, the optimiser, the module and
+each callback, whether or not they do anything. For the tutorial's net at batch 4 that was a third of a step.
+"""
+
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+
+from lit_cifar.data import CIFAR10DataModule
+from lit_cifar.loader import DeviceLoader
+from lit_cifar.module import LitClassifier
+
+KNOWN_VERSIONS = ("2.6.",)  # of Lightning, whose loop this one stands for; tests/test_loop.py compares the two
+INNER_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+
+
+def install(trainer: Trainer) -> None:
+    """Gives a Trainer this loop, where its version is known."""
+    if lightning.__version__.startswith(KNOWN_VERSIONS):
+        trainer.fit_loop.epoch_loop = LeanEpochLoop(trainer, trainer.min_steps, trainer.max_steps)
+
+
+class LeanEpochLoop(_TrainingEpochLoop):
+    """Does what Lightning's loop does, and leaves the same progress in checkpoints.
+
+    It takes a step itself where everything between a batch and the updated weights is LitClassifier's: on one device,
+    without gradient scaling, clipping or accumulation, and with no callback that wants to be called within the step.
+    Otherwise, and for the first step after a resume, Lightning's own loop does.
+    """
+
+    _lean = False
+
+    def on_run_start(self, data_fetcher: _DataFetcher) -> None:
+        super().on_run_start(data_fetcher)
+        self._lean = self._can_be_lean(data_fetcher)
+
+    def _can_be_lean(self, data_fetcher: _DataFetcher) -> bool:
+        trainer: Any = self.trainer
+        precision = trainer.precision_plugin
+        return (
+            type(trainer.lightning_module) is LitClassifier
+            and type(trainer.datamodule) is CIFAR10DataModule
+            and isinstance(trainer.train_dataloader, DeviceLoader)
+            and type(data_fetcher) is _PrefetchDataFetcher
+            and type(trainer.strategy) is SingleDeviceStrategy
+            and type(precision) in (Precision, MixedPrecision)
+            and getattr(precision, "scaler", None) is None
+            and type(trainer.profiler) is PassThroughProfiler
+            and len(trainer.optimizers) == 1
+            and trainer.accumulate_grad_batches == 1
+            and not trainer.gradient_clip_val
+            and not any(_answers(callback, hook) for callback in trainer.callbacks for hook in INNER_HOOKS)
+        )
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        """Takes one step; raises StopIteration when there are no more batches."""
+        if not self._lean or self.restarting:
+            super().advance(data_fetcher)
+            return
+        trainer: Any = self.trainer
+        module, optimizer, batch_progress = trainer.lightning_module, trainer.optimizers[0], self.batch_progress
+        optimizer_progress = self.automatic_optimization.optim_progress.optimizer
+        self.val_loop.restarting = False
+
+        batch, _, _ = next(data_fetcher)
+        batch_idx = self.batch_idx + 1
+        batch_progress.is_last_batch = data_fetcher.done
+        batch_progress.increment_ready()
+        trainer._logger_connector.on_batch_start(batch)
+        self._call("on_train_batch_start", batch, batch_idx)
+        batch_progress.increment_started()
+
+        def closure() -> Tensor:
+            with trainer.precision_plugin.train_step_context():
+                loss: Tensor = module.training_step(batch, batch_idx)
+            optimizer_progress.zero_grad.increment_ready()
+            optimizer_progress.zero_grad.increment_started()
+            optimizer.zero_grad()
+            optimizer_progress.zero_grad.increment_completed()
+            loss.backward()
+            return loss.detach()
+
+        optimizer_progress.step.increment_ready()
+        with torch.enable_grad():
+            loss = optimizer.step(closure)
+        optimizer_progress.step.increment_completed()
+
+        batch_progress.increment_processed()
+        self.update_lr_schedulers("step", update_plateau_schedulers=False)
+        if self._num_ready_batches_reached():
+            self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        self._call("on_train_batch_end", {"loss": loss}, batch, batch_idx)
+        trainer._logger_connector.on_batch_end()
+        batch_progress.increment_completed()
+        trainer._logger_connector.update_train_step_metrics()
+
+    def _call(self, hook: str, *args: Any) -> None:
+        trainer: Any = self.trainer
+        module = trainer.lightning_module
+        module._current_fx_name = hook  # for callbacks that log
+        for callback in trainer.callbacks:
+            if _answers(callback, hook):
+                getattr(callback, hook)(trainer, module, *args)
+        module._current_fx_name = None
+
+
+def _answers(callback: Callback, hook: str) -> bool:
+    return hook in vars(callback) or getattr(type(callback), hook) is not getattr(Callback, hook)
