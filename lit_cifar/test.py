@@ -9,7 +9,8 @@ from lit_cifar.checkpoint import read_checkpoint, run_folder
 from lit_cifar.errors import UserError
 from lit_cifar.report import print_report, write_results
 
-DATA_KEYS = ("data_dir", "dataset", "eval_batch_size", "mirrors")  # of the checkpoint's config
+# of the checkpoint's config; by its batch size threads and kernels are chosen, as they were for the run's own test
+DATA_KEYS = ("data_dir", "dataset", "batch_size", "eval_batch_size", "mirrors")
 
 
 def main(args: list[str]) -> None:

@@ -189,17 +189,17 @@ def test_a_number_of_threads_that_is_asked_for_stays(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_kept_memory_is_not_given_back_to_the_system() -> None:
-    resident = "int(open('/proc/self/statm').read().split()[1]) * 4096"
     code = (
-        "import sys, torch; from lit_cifar.cli import keep_freed_memory\n"
-        "if sys.argv[1] == 'keep': keep_freed_memory()\n"
-        f"x = torch.ones(2**27); del x; print({resident})"
+        "import torch; from lit_cifar.cli import keep_freed_memory\n"
+        "def grown():\n"
+        "    before = resident(); torch.ones(2**27); return resident() - before\n"
+        "def resident(): return 4096 * int(open('/proc/self/statm').read().split()[1])\n"
+        "print(grown()); keep_freed_memory(); print(grown())"
     )
-    kept, returned = (
-        int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
-        for how in ("keep", "return")
-    )
-    assert kept - returned > 0.9 * 2**29
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    returned, kept = map(int, done.stdout.split())
+    assert returned < 0.1 * 2**29
+    assert kept > 0.9 * 2**29
 
 
 @pytest.mark.parametrize(

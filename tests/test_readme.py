@@ -61,7 +61,7 @@ def test_flags_that_documents_name_exist(capsys: pytest.CaptureFixture[str]) -> 
         assert flags <= known, (document.name, flags - known)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_trains_two_steps(recipe: Path, precision: str) -> None:
     flags = ["--dataset", "shapes", "--batch_size", "16", "--data.eval_batch_size", "16", "--precision", precision]
