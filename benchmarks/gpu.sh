@@ -19,20 +19,13 @@ cd "$here/.."
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 
 # the peers read the data as torch files in a folder of this name
-"$python" - "$data" "$work" <<'PYTHON'
+PYTHONPATH="$here" "$python" - "$data" "$work/cifar10" <<'PYTHON'
 import sys
 from pathlib import Path
 
-import torch
+from run_airbench import write_data
 
-from lit_cifar.sources import read_tree
-
-folder = Path(sys.argv[2]) / "cifar10"
-folder.mkdir()
-for name in ("train", "test"):
-    split = read_tree(Path(sys.argv[1]), name == "train")
-    images = split.images.permute(0, 2, 3, 1).contiguous()
-    torch.save({"images": images, "labels": split.labels, "classes": list(split.classes)}, folder / f"{name}.pt")
+write_data(Path(sys.argv[1]), Path(sys.argv[2]))
 PYTHON
 
 peer() {

@@ -8,20 +8,15 @@ import time
 
 STARTED = time.perf_counter()
 
-import argparse  # noqa: E402
 import json  # noqa: E402
 import tempfile  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from plain_pytorch import Images, Net  # noqa: E402
+from plain_pytorch import Net, parse_args, read  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from torchmetrics.classification import MulticlassAccuracy  # noqa: E402
-from torchvision import transforms  # noqa: E402
-
-from lit_cifar.sources import read_tree  # noqa: E402
 
 
 class LitNet(L.LightningModule):
@@ -46,15 +41,10 @@ class LitNet(L.LightningModule):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("data_dir", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_steps", type=int, default=-1)
-    args = parser.parse_args()
+    args = parse_args()
     L.seed_everything(args.seed)
 
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
-    train, test = (Images(read_tree(args.data_dir, train), transform) for train in (True, False))
+    train, test = read(args.data_dir)
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(max_epochs=2, max_steps=args.max_steps, default_root_dir=folder, accelerator="cpu")
         net = LitNet()

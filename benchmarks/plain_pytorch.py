@@ -37,6 +37,21 @@ class Images(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
+def parse_args() -> argparse.Namespace:
+    """What this script and plain_lightning.py are told."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_steps", type=int, default=-1)
+    return parser.parse_args()
+
+
+def read(data_dir: Path) -> tuple[Images, Images]:
+    """Training and test images with the tutorial's transforms."""
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
+    return Images(read_tree(data_dir, True), transform), Images(read_tree(data_dir, False), transform)
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -57,15 +72,10 @@ class Net(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("data_dir", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_steps", type=int, default=-1)
-    args = parser.parse_args()
+    args = parse_args()
     torch.manual_seed(args.seed)
 
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
-    train, test = (Images(read_tree(args.data_dir, train), transform) for train in (True, False))
+    train, test = read(args.data_dir)
     train_loader = DataLoader(train, batch_size=4, shuffle=True, num_workers=2)
     test_loader = DataLoader(test, batch_size=4, shuffle=False, num_workers=2)
 

@@ -47,6 +47,15 @@ class Stopped(Exception):
     pass
 
 
+def write_data(data_dir: Path, folder: Path) -> None:
+    """Writes train.pt and test.pt as the peers read them."""
+    folder.mkdir()
+    for name in ("train", "test"):
+        split = read_tree(data_dir, name == "train")
+        images = split.images.permute(0, 2, 3, 1).contiguous()
+        torch.save({"images": images, "labels": split.labels, "classes": list(split.classes)}, folder / f"{name}.pt")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("script", type=Path)
@@ -70,13 +79,9 @@ def main() -> None:
         if step == args.steps:
             raise Stopped
 
-    splits = {name: read_tree(args.data_dir.resolve(), name == "train") for name in ("train", "test")}
     with tempfile.TemporaryDirectory() as folder:
+        write_data(args.data_dir, Path(folder) / "cifar10")
         os.chdir(folder)
-        Path("cifar10").mkdir()
-        for name, split in splits.items():
-            images = split.images.permute(0, 2, 3, 1).contiguous()
-            torch.save({"images": images, "labels": split.labels, "classes": split.classes}, f"cifar10/{name}.pt")
         Path("script.py").write_text(source)
         sys.argv = ["script.py"]
         names: dict[str, Any] = {"__name__": "__main__", "Event": Event, "on_step": on_step}
