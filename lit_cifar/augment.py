@@ -73,10 +73,12 @@ class Augment:
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         """Augments images (B, 3, 32, 32) uint8 with their draws; returns the same shape, dtype and device."""
+        if not len(images):  # a rank's share of a short last batch
+            return images
         if draws.offsets is not None:
             images = _crop(images, draws.offsets, self.crop, self.pad)
         if draws.flips is not None:
-            images = torch.where(draws.flips[:, None, None, None], images.flip(3), images)
+            images = _flip(images, draws.flips)
         if draws.brightness is not None or draws.contrast is not None:
             images = _colour(images, draws.brightness, draws.contrast)
         if draws.centres is not None:
@@ -85,15 +87,30 @@ class Augment:
 
 
 def _crop(images: Tensor, offsets: Tensor, crop: int, pad: str) -> Tensor:
-    side = images.shape[2]
-    if pad == "zeros":
-        padded = F.pad(images, (crop,) * 4)
-    else:  # F.pad does not reflect uint8
-        reflected = (torch.arange(-crop, side + crop, device=images.device)).abs()
-        reflected = (side - 1) - (side - 1 - reflected).abs()
-        padded = images[:, :, reflected[:, None], reflected]
-    windows = padded.unfold(2, side, 1).unfold(3, side, 1)  # a view: (B, 3, 2 * crop + 1, 2 * crop + 1, side, side)
-    return windows[torch.arange(len(images), device=images.device), :, offsets[:, 0], offsets[:, 1]]
+    # Each row of a crop is a run of bytes in the padded images: taking runs costs 0.6 us an image where advanced
+    # indexing of windows costs 3.6 (one thread, batch 512).
+    num_images, num_channels, side, _ = images.shape
+    padded = F.pad(images, (crop,) * 4)
+    width = side + 2 * crop
+    pixels = torch.arange(width, device=images.device)
+    rows = offsets[:, :1] + pixels[:side]
+    if pad == "reflect":  # F.pad does not reflect uint8: columns are copied, rows looked up
+        mirrored = images.flip(3)
+        inner = padded[:, :, crop : crop + side]
+        inner[..., :crop] = mirrored[..., side - 1 - crop : side - 1]
+        inner[..., crop + side :] = mirrored[..., 1 : 1 + crop]
+        last = side - 1
+        rows = (crop + last - (last - (pixels - crop).abs()).abs())[rows]
+    planes = torch.arange(num_images * num_channels, device=images.device).view(num_images, num_channels, 1)
+    first_bytes = (planes * width + rows[:, None]) * width + offsets[:, 1, None, None]
+    runs = padded.flatten().unfold(0, side, 1)  # a view
+    return runs.index_select(0, first_bytes.flatten()).view_as(images)
+
+
+def _flip(images: Tensor, flips: Tensor) -> Tensor:
+    # eight pixels at a time: where() on bytes takes 3.5 us an image, on these 0.7 (one thread)
+    flipped, kept = images.flip(3).view(torch.int64), images.view(torch.int64)
+    return torch.where(flips[:, None, None, None], flipped, kept).view(torch.uint8)
 
 
 def _colour(images: Tensor, brightness: Tensor | None, contrast: Tensor | None) -> Tensor:
