@@ -168,7 +168,7 @@ def step(args: argparse.Namespace) -> Section:
 def loader(args: argparse.Namespace) -> Section:
     """Crop, flip, scale and normalise, in turn with torchvision's."""
     flags = ["configs/resnet18.yaml", "--stage", "loader", "--runs", "3", "--data_dir", args.data_dir]
-    flags += ["--data.augment.cutout", "0"]
+    flags += ["--data.augment.cutout", "0", "--data.augment.pad", "zeros"]  # what the reference does, no more
     ours, theirs = [], []
     for _ in range(3):
         ours.append(run_json("-m", "lit_cifar.bench", *flags, OMP_NUM_THREADS="1")["images/s"]["mean"])
@@ -282,6 +282,14 @@ def _seconds_a_step(args: argparse.Namespace, devices: int) -> float:
     return statistics.median(after - before for before, after in itertools.pairwise(arrived[1:]))
 
 
+DECODE = """
+from pathlib import Path
+from lit_cifar import cli, fit, report, sources
+sources.prepare_tree(Path({!r}))
+print(report.peak_memory()["resident"])
+"""
+
+
 def start(args: argparse.Namespace) -> Section:
     """To the first step, against importing Lightning and reading the same data; and the memory of a first use."""
     read = (
@@ -296,8 +304,7 @@ def start(args: argparse.Namespace) -> Section:
         ours.append(fit("--data_dir", args.data_dir, "--trainer.max_steps", 1)["seconds"]["start"])
     ratio = statistics.median(a / b for a, b in zip(ours, floors, strict=True))
     with tempfile.TemporaryDirectory() as cache:
-        decoding = fit("--data_dir", args.data_dir, "--trainer.max_steps", 1, LIT_CIFAR_CACHE=cache)
-    peak = decoding["peak_memory"]["resident"] / 1e9
+        peak = float(run("-c", DECODE.format(str(args.data_dir)), LIT_CIFAR_CACHE=cache)) / 1e9
     return Section(
         "Start, and the memory of a first use",
         [f"python -m lit_cifar.fit --data_dir {args.data_dir} --trainer.max_steps 1"],
@@ -310,7 +317,12 @@ def start(args: argparse.Namespace) -> Section:
                 "at most 1.5",
                 ratio <= 1.5,
             ),
-            Row("peak resident memory when 60,000 images are decoded, GB", f"{peak:.2f}", bar="under 1", met=peak < 1),
+            Row(
+                "peak resident memory of decoding 60,000 images, with all that fit imports, GB",
+                f"{peak:.2f}",
+                bar="under 1",
+                met=peak < 1,
+            ),
         ],
     )
 

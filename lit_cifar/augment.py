@@ -102,7 +102,7 @@ def _crop(images: Tensor, offsets: Tensor, crop: int, pad: str) -> Tensor:
         last = side - 1
         rows = (crop + last - (last - (pixels - crop).abs()).abs())[rows]
     planes = torch.arange(num_images * num_channels, device=images.device).view(num_images, num_channels, 1)
-    first_bytes = (planes * width + rows[:, None]) * width + offsets[:, 1, None, None]
+    first_bytes = (planes * width * width + offsets[:, 1, None, None]) + rows[:, None] * width
     runs = padded.flatten().unfold(0, side, 1)  # a view
     return runs.index_select(0, first_bytes.flatten()).view_as(images)
 
