@@ -1,9 +1,11 @@
-"""What a person sees while a net trains: running loss, each device's share, the progress bar. Training logic is not
-here, and callbacks do not know one another."""
+"""What a person sees while a net trains: running loss, speed, each device's share, the progress bar, TensorBoard's
+pages. Training logic is not here, pictures are drawn in pictures, and callbacks do not know one another."""
 
+import re
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,27 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
+from lit_cifar import pictures
 from lit_cifar.errors import UserError
 from lit_cifar.loader import DeviceLoader, TrainBatches
 from lit_cifar.module import LitClassifier, normalise
+from lit_cifar.report import commit, peak_memory, versions
+
+NUM_TRAINING_IMAGES = 32  # in the picture of what the net is given
+CLASSES_A_CHART = 10  # more lines cannot be told apart
 
 
 class RunningLoss(Callback):
-    """Logs `train/loss` and `lr`, prints the running loss, and stops a training whose loss is no longer finite.
+    """Logs loss, gradient norm, learning rates and speed, prints the running loss, the speed and the time left, and
+    stops a training whose loss is no longer finite.
 
     Losses stay on the device until they are logged, so that nothing waits for the device between logging steps. Each
-    mean is over all ranks and all steps since the one before.
+    mean is over all ranks and all steps since the one before. Times leave out validation and what else happens between
+    two epochs.
 
     Args:
         every_n_steps: steps of an epoch between two printed lines; shorter epochs print one at their end.
@@ -39,6 +49,8 @@ class RunningLoss(Callback):
         self._logged = [0.0, 0]  # sum and count since the last time, summed over ranks, in float64
         self._printed = [0.0, 0]
         self._logged_step = 0
+        self._waited_seconds = 0.0
+        self._watches = {"logged": Stopwatch(), "printed": Stopwatch()}
         self.train_started = 0.0  # on time.perf_counter's clock
         self.first_step_seconds = 0.0  # with what comes with it once: warming up, compiling
 
@@ -52,6 +64,33 @@ class RunningLoss(Callback):
             write(trainer, f"training {num_parameters:,} parameters; run folder {run}")
         self.train_started, self.first_step_seconds = time.perf_counter(), 0.0
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for watch in self._watches.values():
+            watch.go_on()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    def _pause(self) -> None:
+        for watch in self._watches.values():
+            watch.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitClassifier)
+        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            report = pl_module.reports["val"]
+            write(
+                trainer,
+                f"epoch {trainer.current_epoch + 1}  validation accuracy {100 * report.accuracy:.2f} %, "
+                f"loss {report.loss:.3f}",
+            )
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -59,6 +98,8 @@ class RunningLoss(Callback):
             self.first_step_seconds = time.perf_counter() - self.train_started
         self._losses[self._num_losses] = outputs["loss"]
         self._num_losses += 1
+        for watch in self._watches.values():
+            watch.num_batches += 1
         step_in_epoch, num_steps = batch_idx + 1, int(trainer.num_training_batches)
         prints = step_in_epoch % self.every_n_steps == 0 or (trainer.is_last_batch and num_steps < self.every_n_steps)
         step = trainer.global_step
@@ -67,17 +108,21 @@ class RunningLoss(Callback):
         if prints or logs or self._num_losses == len(self._losses) or trainer.is_last_batch:
             self._collect(trainer, batch_idx)
         if logs:
-            self._log(trainer)
+            self._log(trainer, pl_module)
         if prints:
             assert isinstance(pl_module, LitClassifier)
             running_loss = pl_module.running_loss = self._printed[0] / self._printed[1]
             self._printed = [0.0, 0]
+            num_batches, seconds = self._watches["printed"].read()
+            seconds_a_batch = seconds / max(1, num_batches)
+            pl_module.images_per_second = _batch_size(trainer) / max(seconds_a_batch, 1e-9)
             if trainer.is_global_zero:
                 width = len(f"{num_steps:,}")
                 write(
                     trainer,
                     f"epoch {trainer.current_epoch + 1}  step {step_in_epoch:>{width},} of {num_steps:,}  "
-                    f"loss {running_loss:.3f}",
+                    f"loss {running_loss:.3f}  {pl_module.images_per_second:,.0f} images/s"
+                    f"{_time_left(trainer, batch_idx, seconds_a_batch)}",
                 )
 
     def _collect(self, trainer: Trainer, batch_idx: int) -> None:
@@ -108,15 +153,28 @@ class RunningLoss(Callback):
             f"{batch_idx + 1 - int(steps_ago)}): {way_out}"
         )
 
-    def _log(self, trainer: Trainer) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logged_step = trainer.global_step
         metrics = {"train/loss": self._logged[0] / self._logged[1]}
+        self._logged = [0.0, 0]
+        if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):  # others give a rank parts of gradients
+            gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+            metrics["train/gradient_norm"] = torch.nn.utils.get_total_norm(gradients).item()
         for group in trainer.optimizers[0].param_groups:
-            name = "lr" if len(trainer.optimizers[0].param_groups) == 1 else f"lr/{group['name']}"
-            metrics[name] = group["lr"]
+            metrics[f"lr/{group['name']}"] = group["lr"]
+        loader = trainer.train_dataloader
+        waited_seconds = loader.waited_seconds if isinstance(loader, DeviceLoader) else 0.0
+        num_batches, seconds = self._watches["logged"].read()
+        if num_batches and seconds:
+            metrics["speed/images_per_second"] = num_batches * _batch_size(trainer) / seconds
+            metrics["speed/step_ms"] = 1000 * seconds / num_batches * trainer.accumulate_grad_batches
+            metrics["speed/data_wait_ms"] = 1000 * (waited_seconds - self._waited_seconds) / num_batches
+        self._waited_seconds = waited_seconds
+        for name, num_bytes in peak_memory().items():
+            if num_bytes is not None:
+                metrics[f"speed/peak_{name}_memory_mb"] = num_bytes / 1e6
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        self._logged = [0.0, 0]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # called on every rank: what is on the devices is summed, so that a resumed run's means are those of the whole
@@ -156,34 +214,122 @@ class DeviceShapes(Callback):
 
 
 class Dashboard(Callback):
-    """Gives TensorBoard the run's config, the net's graph, and its hyperparameters with the test's metrics."""
+    """Fills TensorBoard's pages, so that they tell a run's story without being configured.
+
+    Text and graph at the start; pictures after each validation and after the test; then the hyperparameters with the
+    test's metrics, and the table of classes.
+
+    Args:
+        command: the command line that started the run.
+    """
+
+    def __init__(self, command: str = "") -> None:
+        self.command = command
+        self._images: list[tuple[Tensor, Tensor]] = []  # of this epoch's first batches, on the device
+        self._num_images = 0
+        self._side: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero or trainer.ckpt_path:
+        if not self._draws(trainer) or trainer.ckpt_path:
             return  # a resumed run has them
         assert isinstance(pl_module, LitClassifier)
+        writer = trainer.logger.experiment  # type: ignore[union-attr]
         config = yaml.safe_dump(pl_module.config, sort_keys=False)
-        trainer.logger.experiment.add_text("config", f"```yaml\n{config}```")
+        writer.add_text("config", f"```yaml\n{config}```")
+        writer.add_text("run", self._origin())
+        stages = ["val", "test"] if trainer.datamodule.num_val else ["test"]  # type: ignore[attr-defined]
+        writer.add_custom_scalars(charts(stages, pl_module.classes))
         training = pl_module.net.training
         pl_module.net.eval()
         try:
             with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the tracer, about branches it cannot see
-                trainer.logger.experiment.add_graph(_Untraced(pl_module), pl_module.example_input_array)
+                writer.add_graph(_Untraced(pl_module), pl_module.example_input_array)
         except Exception as error:  # a net that cannot be traced trains all the same
             write(trainer, f"TensorBoard has no graph of this net: {str(error).splitlines()[0]}")
         pl_module.net.train(training)
 
+    def _origin(self) -> str:
+        rows = {"command": f"`{self.command}`", "commit": commit() or "unknown", **versions()}
+        return "\n".join(["| what | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._images, self._num_images = [], 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._num_images < NUM_TRAINING_IMAGES:
+            assert isinstance(pl_module, LitClassifier)
+            images, labels = batch
+            missing = NUM_TRAINING_IMAGES - self._num_images
+            self._images.append((images[:missing].clone(), labels[:missing].clone()))
+            self._num_images += len(images)
+            self._side = pl_module.side()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._draw(trainer, pl_module, "val")
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
+        if not self._draws(trainer):
             return
         assert isinstance(pl_module, LitClassifier)
+        self._draw(trainer, pl_module, "test")
+        writer = trainer.logger.experiment  # type: ignore[union-attr]
+        report = pl_module.reports["test"]
+        writer.add_text("test/classes", f"```\n{report.table()}\n```", trainer.global_step)
         # TensorBoard finds the values under these tags, where the test logged them; logger.log_hyperparams would log
         # them once more
-        tags = dict.fromkeys(("test/accuracy", "test/loss"), 0.0)
+        tags = dict.fromkeys(("test/accuracy", "test/loss", "test/calibration_error"), 0.0)
         for summary in hparams(hyperparameters(pl_module.config), tags):
-            trainer.logger.experiment._get_file_writer().add_summary(summary)
-        trainer.logger.save()
+            writer._get_file_writer().add_summary(summary)
+        trainer.logger.save()  # type: ignore[union-attr]
+
+    @staticmethod
+    def _draws(trainer: Trainer) -> bool:
+        return isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self._draws(trainer):
+            return
+        assert isinstance(pl_module, LitClassifier)
+        report = pl_module.reports[stage]
+        drawn = {
+            f"{stage}/confusion": pictures.confusion_matrix(report),
+            f"{stage}/mistakes": pictures.mistakes(report.mistakes, report.classes),
+            f"{stage}/reliability": pictures.reliability(report.calibration),
+        }
+        if self._images:
+            images, labels = (torch.cat(parts) for parts in zip(*self._images, strict=True))
+            seen = pl_module.shrunk(images.float(), self._side).round().to(torch.uint8)
+            drawn["train/images"] = pictures.training_images(seen.cpu(), labels.cpu(), report.classes)
+            self._images = []
+        first = next((layer for layer in pl_module.net.modules() if isinstance(layer, torch.nn.Conv2d)), None)
+        if first is not None and first.weight.shape[1] == 3:
+            drawn["net/filters"] = pictures.filters(first.weight)
+        for tag, picture in drawn.items():
+            step = trainer.global_step
+            trainer.logger.experiment.add_image(tag, picture, step, dataformats="HWC")  # type: ignore[union-attr]
+
+
+def charts(stages: Sequence[str], classes: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """The layout of TensorBoard's Custom Scalars page; one pattern of one chart matches each tag.
+
+    Patterns name no more of a run than they must: TensorBoard joins equal charts of several runs, and no others.
+    """
+    accuracy = {}
+    for stage in stages:
+        if len(classes) <= CLASSES_A_CHART:
+            accuracy[f"{stage}: accuracy of each class"] = ["Multiline", [f"^{stage}/accuracy/.+$"]]
+            continue
+        for first in range(0, len(classes), CLASSES_A_CHART):
+            of_chart = classes[first : first + CLASSES_A_CHART]
+            title = f"{stage}: accuracy of each class, {of_chart[0]} to {of_chart[-1]}"
+            accuracy[title] = ["Multiline", [f"^{stage}/accuracy/{re.escape(name)}$" for name in of_chart]]
+    return {
+        "accuracy": accuracy,
+        "loss": {"training and validation loss": ["Multiline", ["^train/loss$", "^val/loss$"]]},
+        "learning rates": {"learning rate of each parameter group": ["Multiline", ["^lr/.+$"]]},
+    }
 
 
 class _Untraced(torch.nn.Module):
@@ -206,11 +352,19 @@ def hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | st
         "net": model.get("net", {}).get("class_path", "").rsplit(".", 1)[-1],
         **{key: value for key, value in model.items() if key not in ("net", "mean", "std", "compile")},
         **{key: data.get(key) for key in ("dataset", "batch_size", "num_val")},
-        **data.get("augment", {}),
+        "augment": _what_is_on(data.get("augment", {})),
         **{key: trainer.get(key) for key in ("max_epochs", "devices", "precision")},
         "seed": config.get("seed_everything"),
     }
     return {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in chosen.items()}
+
+
+def _what_is_on(augment: dict[str, Any]) -> str:
+    """The augmentation in a few words: one column of the page instead of six."""
+    chosen = {key: value for key, value in augment.items() if value not in (0, "none")}
+    if "crop" not in chosen:
+        chosen.pop("pad", None)
+    return ", ".join(f"{key} {value}" for key, value in chosen.items()) or "none"
 
 
 class ProgressBar(TQDMProgressBar):
@@ -222,7 +376,62 @@ class ProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, LitClassifier)
-        return {} if pl_module.running_loss is None else {"loss": f"{pl_module.running_loss:.3f}"}
+        shown = {}
+        if pl_module.running_loss is not None:
+            shown["loss"] = f"{pl_module.running_loss:.3f}"
+            shown["images/s"] = f"{pl_module.images_per_second:,.0f}"
+        if "val" in pl_module.reports:
+            shown["val_accuracy"] = f"{100 * pl_module.reports['val'].accuracy:.2f} %"
+        return shown
+
+
+class Stopwatch:
+    """Seconds and batches since it was last read, pauses left out."""
+
+    def __init__(self) -> None:
+        self.num_batches = 0
+        self._seconds = 0.0
+        self._since: float | None = None  # None while paused
+
+    def go_on(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def read(self) -> tuple[int, float]:
+        """(batches, seconds), and starts anew."""
+        running = self._since is not None
+        self.pause()
+        read = self.num_batches, self._seconds
+        self.num_batches, self._seconds = 0, 0.0
+        if running:
+            self.go_on()
+        return read
+
+
+def _batch_size(trainer: Trainer) -> int:
+    return int(trainer.datamodule.batch_size)  # type: ignore[attr-defined]
+
+
+def _time_left(trainer: Trainer, batch_idx: int, seconds_a_batch: float) -> str:
+    """Of the training, for the end of a line; nothing where its end is not known."""
+    num_batches = int(trainer.num_training_batches)
+    left = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        left.append((trainer.max_epochs - trainer.current_epoch) * num_batches - batch_idx - 1)
+    if trainer.max_steps >= 0:
+        left.append((trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
+    if not left:
+        return ""
+    seconds = round(max(0, min(left)) * seconds_a_batch)
+    minutes, hours = seconds // 60, seconds // 3600
+    if hours:
+        return f"  {hours} h {minutes % 60} min left"
+    return f"  {minutes} min {seconds % 60} s left" if minutes else f"  {seconds} s left"
 
 
 def write(trainer: Trainer, line: str) -> None:

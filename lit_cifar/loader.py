@@ -6,7 +6,9 @@ nor what ran before have a say in it.
 """
 
 import hashlib
+import itertools
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -155,6 +157,7 @@ class DeviceLoader:
         self._epoch = 0
         self._start = 0  # batch at which the next iteration starts; 0 again after it
         self._state = {"epoch": 0, "batch": 0}
+        self.waited_seconds = 0.0  # that whoever iterates has spent waiting for batches
         if transform is None:
             self.images, self.labels = split.images.to(device), split.labels.to(device)
             self._workers = None
@@ -202,8 +205,13 @@ class DeviceLoader:
         # epoch after that (pytorch-lightning issue 21938).
         epoch, start = self._epoch, self._start
         self._start = 0
-        chunks = self._from_device(epoch, start) if self._workers is None else self._from_workers(epoch, start)
-        for batch, images_and_labels in enumerate(chunks, start):
+        batches = self._from_device(epoch, start) if self._workers is None else self._from_workers(epoch, start)
+        for batch in itertools.count(start):
+            asked = time.perf_counter()
+            images_and_labels = next(batches, None)
+            self.waited_seconds += time.perf_counter() - asked
+            if images_and_labels is None:
+                return
             self._state = {"epoch": epoch, "batch": batch + 1}
             yield images_and_labels
 

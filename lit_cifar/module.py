@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lit_cifar.errors import UserError
 from lit_cifar.loader import DeviceLoader, TrainBatches
+from lit_cifar.metrics import Calibration, Mistakes, SummedCalibration, SummedLoss, WorstMistakes
 from lit_cifar.optim import Group, MuonSGD, Schedule, claim, lr_factor
 from lit_cifar.report import Report
 
@@ -128,7 +128,10 @@ class LitClassifier(LightningModule):
         # and not checkpointed
         self.confusions: dict[str, MulticlassConfusionMatrix] = nn.ModuleDict()  # type: ignore[assignment]
         self.losses: dict[str, SummedLoss] = nn.ModuleDict()  # type: ignore[assignment]
+        self.calibrations: dict[str, SummedCalibration] = nn.ModuleDict()  # type: ignore[assignment]
+        self.mistakes: dict[str, WorstMistakes] = nn.ModuleDict()  # type: ignore[assignment]
         self.running_loss: float | None = None  # mean over the newest steps, for whoever shows it
+        self.images_per_second = 0.0  # over the same steps, all ranks together
         self.reports: dict[str, Report] = {}  # newest of each stage
         self._planned_steps: int | None = None
         self.example_input_array = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # for TensorBoard's graph
@@ -138,11 +141,15 @@ class LitClassifier(LightningModule):
 
         With a `side` the net sees them shrunk to side x side pixels.
         """
-        normalised = normalise(images, self.mean, self.std)
-        if side is not None and side != images.shape[2]:
-            normalised = F.interpolate(normalised, size=(side, side), mode="bilinear", antialias=True)
-        logits: Tensor = self.net(normalised)
+        logits: Tensor = self.net(self.shrunk(normalise(images, self.mean, self.std), side))
         return logits
+
+    @staticmethod
+    def shrunk(images: Tensor, side: int | None) -> Tensor:
+        """Images (B, 3, h, w) of any float dtype at side x side pixels; as they are without a side."""
+        if side is None or side == images.shape[2]:
+            return images
+        return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
 
     def setup(self, stage: str) -> None:
         """Learns the classes from the data module; makes one confusion matrix and one loss a stage.
@@ -181,6 +188,8 @@ class LitClassifier(LightningModule):
         for stage in ("val", "test", "plain"):
             self.confusions[stage] = MulticlassConfusionMatrix(len(classes), validate_args=False)
             self.losses[stage] = SummedLoss()
+            self.calibrations[stage] = SummedCalibration()
+            self.mistakes[stage] = WorstMistakes()
         self.to(self.mean.device)
 
     @torch.no_grad()
@@ -194,11 +203,12 @@ class LitClassifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of this rank's share, scaled so that the ranks' mean is the mean over the whole batch."""
         images, labels = batch
-        logits = self(images, self._side())
+        logits = self(images, self.side())
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
         return loss / self._mean_share(labels, batch_idx)
 
-    def _side(self) -> int | None:
+    def side(self) -> int | None:
+        """Side in pixels that this step's images are shrunk to; None: none."""
         if not self.sides:
             return None
         if self._planned_steps is None:
@@ -231,30 +241,38 @@ class LitClassifier(LightningModule):
         images, labels = batch
         logits_of_views = [(self(view), weight) for view, weight in views(images, self.tta)]
         if stage == "test" and self.tta != "none":
-            self._update("plain", logits_of_views[0][0], labels)
-        self._update(stage, sum(logits * weight for logits, weight in logits_of_views), labels)
+            self._update("plain", images, logits_of_views[0][0], labels)
+        self._update(stage, images, sum(logits * weight for logits, weight in logits_of_views), labels)
 
-    def _update(self, stage: str, logits: Tensor, labels: Tensor) -> None:
+    def _update(self, stage: str, images: Tensor, logits: Tensor, labels: Tensor) -> None:
         self.confusions[stage].update(logits.argmax(1), labels)
         self.losses[stage].update(logits, labels)
+        probabilities = logits.float().softmax(1)
+        self.calibrations[stage].update(probabilities, labels)
+        self.mistakes[stage].update(probabilities, images, labels)
 
     def _report(self, stage: str) -> None:
-        confusion, loss = self.confusions[stage].compute(), self.losses[stage].compute()  # summed over ranks
-        self.confusions[stage].reset()
-        self.losses[stage].reset()
-        report = Report(confusion.cpu(), loss.item(), self.classes)
+        report = Report(  # over all ranks
+            self.confusions[stage].compute().cpu(),
+            self.losses[stage].compute().item(),
+            self.classes,
+            Calibration.of(*self.calibrations[stage].compute()),
+            Mistakes.of(*self.mistakes[stage].compute()),
+        )
+        for metrics in (self.confusions, self.losses, self.calibrations, self.mistakes):
+            metrics[stage].reset()
         if self.trainer.sanity_checking:
             return
         self.reports[stage] = report
         prefix = "test_without_tta" if stage == "plain" else stage
-        metrics = {f"{prefix}/{name}": value for name, value in report.scalars().items()}
+        scalars = {f"{prefix}/{name}": value for name, value in report.scalars().items()}
         # every rank has the same values: max is exact where Lightning's mean over ranks would round
-        self.log_dict(metrics, logger=False, sync_dist=True, reduce_fx="max")
+        self.log_dict(scalars, logger=False, sync_dist=True, reduce_fx="max")
         for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.trainer.global_step)
+            logger.log_metrics(scalars, step=self.trainer.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        settings = self._settings()
+        settings = self.settings()
         optimizer: torch.optim.Optimizer
         if self.groups:
             claimed = claim(self.net.named_parameters(), self.groups)
@@ -275,7 +293,7 @@ class LitClassifier(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _settings(self) -> list[dict[str, Any]]:
+    def settings(self) -> list[dict[str, Any]]:
         """Of each parameter group; what a group leaves open is the module's."""
         own = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay", "nesterov")}
         return [
@@ -289,7 +307,7 @@ class LitClassifier(LightningModule):
     def on_train_start(self) -> None:
         """Lets flags given on a resume count: a restored optimiser comes with its checkpoint's settings."""
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        settings = self._settings()
+        settings = self.settings()
         factor = 1.0
         for scheduler in schedulers:
             scheduler.base_lrs = [setting["lr"] for setting in settings]
@@ -349,25 +367,3 @@ class LitClassifier(LightningModule):
                 f"the checkpoint's classes ({', '.join(classes)}) are not the data's ({', '.join(self.classes)}): "
                 "use the data it was trained on"
             )
-
-
-class SummedLoss(Metric):
-    """Mean cross-entropy over all images of all ranks: a float64 sum and an integer count, divided last."""
-
-    full_state_update = False
-    total: Tensor
-    num_images: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds the losses of logits (B, K) for labels (B,)."""
-        losses = F.cross_entropy(logits.float(), labels, reduction="none")
-        self.total += losses.double().sum()
-        self.num_images += len(labels)
-
-    def compute(self) -> Tensor:
-        return self.total / self.num_images

@@ -1,5 +1,5 @@
 """What a finished stage says: accuracies from the confusion matrix, as a table and as results.json. Nothing is counted
-here: counts come from the module's metrics."""
+here: counts come from metrics."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lit_cifar
 from lit_cifar.files import write_durably
+from lit_cifar.metrics import Calibration, Mistakes
 
 try:
     import resource
@@ -30,11 +31,15 @@ class Report:
         confusion: (K, K) integers, rows true and columns predicted; its sum is the number of images.
         loss: mean cross-entropy.
         classes: names of the K classes.
+        calibration: how sure the net was, and how often right.
+        mistakes: the images that it was surest of and wrong.
     """
 
     confusion: Tensor
     loss: float
     classes: tuple[str, ...]
+    calibration: Calibration
+    mistakes: Mistakes
 
     @property
     def num_images(self) -> int:
@@ -56,12 +61,24 @@ class Report:
         return dict(zip(self.classes, (right / total.clamp(min=1)).tolist(), strict=True))
 
     def scalars(self) -> dict[str, float]:
-        """Values by name for TensorBoard: loss, accuracy and accuracy/<class>."""
+        """Values by name for TensorBoard: loss, accuracy, calibration_error and accuracy/<class>."""
         per_class = {f"accuracy/{name}": value for name, value in self.per_class_accuracy.items()}
-        return {"loss": self.loss, "accuracy": self.accuracy, **per_class}
+        own = {"loss": self.loss, "accuracy": self.accuracy, "calibration_error": self.calibration.error}
+        return {**own, **per_class}
+
+    def confused_pairs(self, num_pairs: int = 5) -> list[tuple[str, str, float]]:
+        """The pairs (true class, predicted class, share of the true class's images, 0 to 1) confused most often."""
+        shares = self.confusion.double() / self.confusion.sum(1, keepdim=True).clamp(min=1)
+        shares.fill_diagonal_(0)
+        most = shares.flatten().topk(min(num_pairs, shares.numel()))
+        return [
+            (self.classes[position // len(self.classes)], self.classes[position % len(self.classes)], share)
+            for share, position in zip(most.values.tolist(), most.indices.tolist(), strict=True)
+            if share
+        ]
 
     def table(self) -> str:
-        """Lines for people: overall accuracy in per cent, then an aligned table of the classes'."""
+        """Lines for people: overall accuracy in per cent, an aligned table of the classes', the pairs confused most."""
         width = max(len("class"), *map(len, self.classes))
         counts = max(len("correct"), len(f"{self.num_images:,}"))
         lines = [
@@ -73,6 +90,9 @@ class Report:
         rights = self.confusion.diag().tolist()
         for (name, accuracy), right, total in zip(self.per_class_accuracy.items(), rights, totals, strict=True):
             lines.append(f"{name:<{width}}  {100 * accuracy:6.2f} %  {right:{counts},}  {total:{counts},}")
+        if pairs := self.confused_pairs():
+            said = ", ".join(f"{true} → {predicted} {100 * share:.0f} %" for true, predicted, share in pairs)
+            lines += ["", f"Most confused: {said}"]
         return "\n".join(lines)
 
     def results(self) -> dict[str, Any]:
@@ -83,6 +103,7 @@ class Report:
             "per_class_accuracy": self.per_class_accuracy,
             "confusion_matrix": self.confusion.tolist(),
             "loss": self.loss,
+            "calibration_error": self.calibration.error,
         }
 
 

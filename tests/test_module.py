@@ -15,7 +15,8 @@ from torchvision.transforms import v2
 
 from lit_cifar.errors import UserError
 from lit_cifar.loader import DeviceLoader, EvalBatches, TrainBatches
-from lit_cifar.module import LitClassifier, SummedLoss, views
+from lit_cifar.metrics import SummedLoss
+from lit_cifar.module import LitClassifier, views
 from lit_cifar.nets import Net
 from lit_cifar.optim import lr_factor
 from lit_cifar.report import Report

@@ -13,11 +13,11 @@ PACKAGE = ROOT / "lit_cifar"
 # from left to right; a group's modules do not import one another, but where an order is told
 LAYERS = [
     {"errors", "files"},
-    {"augment", "nets", "optim", "download", "shapes"},
+    {"augment", "nets", "optim", "download", "shapes", "metrics"},
     {"sources"},
     {"loader"},
     {"report"},
-    {"data", "module"},
+    {"data", "module", "pictures"},
     {"checkpoint", "callbacks", "loop"},
     {"cli"},
     {"fit", "test"},

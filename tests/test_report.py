@@ -10,10 +10,17 @@ import pytest
 import torch
 
 from lit_cifar import report as report_module
+from lit_cifar.metrics import NUM_BINS, Calibration, Mistakes
 from lit_cifar.report import Report, commit, print_report, versions, write_results
 
 # rows true, columns predicted; no image of the class 'axolotl' was in the set
-REPORT = Report(torch.tensor([[9_000, 1_000, 0], [0, 0, 0], [2, 1, 4]]), 0.5, ("cat", "axolotl", "dog"))
+NOTHING = torch.zeros(NUM_BINS, dtype=torch.int64)
+CALIBRATION = Calibration(NOTHING, NOTHING, NOTHING.double())
+MISTAKES = Mistakes(
+    torch.zeros(0, 3, 32, 32, dtype=torch.uint8), *(torch.zeros(0, dtype=torch.int64),) * 2, torch.zeros(0)
+)
+CONFUSION = torch.tensor([[9_000, 1_000, 0], [0, 0, 0], [2, 1, 4]])
+REPORT = Report(CONFUSION, 0.5, ("cat", "axolotl", "dog"), CALIBRATION, MISTAKES)
 
 
 def test_every_figure_is_that_of_the_matrix() -> None:
@@ -25,7 +32,8 @@ def test_every_figure_is_that_of_the_matrix() -> None:
 def test_results_and_scalars_say_the_same() -> None:
     results, scalars = REPORT.results(), REPORT.scalars()
     per_class = {f"accuracy/{name}": value for name, value in results["per_class_accuracy"].items()}
-    assert scalars == {"loss": results["loss"], "accuracy": results["accuracy"], **per_class}
+    own = {key: results[key] for key in ("loss", "accuracy", "calibration_error")}
+    assert scalars == {**own, **per_class}
     matrix = results["confusion_matrix"]
     assert sum(map(sum, matrix)) == results["num_test"]
     assert sum(matrix[i][i] for i in range(3)) == pytest.approx(results["accuracy"] * results["num_test"])
@@ -35,13 +43,13 @@ def test_results_and_scalars_say_the_same() -> None:
 
 
 def test_no_image_at_all_gives_0_not_nan() -> None:
-    empty = Report(torch.zeros(2, 2, dtype=torch.int64), 0.0, ("cat", "dog"))
+    empty = Report(torch.zeros(2, 2, dtype=torch.int64), 0.0, ("cat", "dog"), CALIBRATION, MISTAKES)
     assert set(empty.scalars().values()) == {0.0}
     assert not any(map(math.isnan, REPORT.scalars().values()))
 
 
 def test_the_table_is_aligned_and_holds_each_classs_counts() -> None:
-    headline, blank, *table = REPORT.table().splitlines()
+    headline, blank, *table, _, confused = REPORT.table().splitlines()
     assert headline == "Accuracy on the 10,007 test images: 89.98 %"
     assert blank == ""
     assert len({len(line) for line in table}) == 1, "columns end below one another"
@@ -51,6 +59,15 @@ def test_the_table_is_aligned_and_holds_each_classs_counts() -> None:
         ["axolotl", "0.00", "0", "0"],
         ["dog", "57.14", "4", "7"],
     ]
+    assert confused == "Most confused: dog → cat 29 %, dog → axolotl 14 %, cat → axolotl 10 %"
+
+
+def test_pairs_are_told_by_their_share_of_the_true_class_and_never_one_that_did_not_happen() -> None:
+    assert REPORT.confused_pairs(2) == [("dog", "cat", 2 / 7), ("dog", "axolotl", 1 / 7)]
+    assert len(REPORT.confused_pairs(9)) == 3
+    right = Report(torch.eye(2, dtype=torch.int64), 0.0, ("cat", "dog"), CALIBRATION, MISTAKES)
+    assert right.confused_pairs() == []
+    assert "confused" not in right.table()
 
 
 def test_people_get_the_table_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,163 @@
+"""What is counted while a net is evaluated, summed or joined over ranks. What is said of it is report's, pictures are
+pictures'."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+NUM_BINS = 15  # of confidence, as in arXiv 1706.04599
+NUM_MISTAKES = 16  # kept for the picture
+
+
+class SummedLoss(Metric):
+    """Mean cross-entropy over all images of all ranks: a float64 sum and an integer count, divided last."""
+
+    full_state_update = False
+    total: Tensor
+    num_images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds the losses of logits (B, K) for labels (B,)."""
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        self.total += losses.double().sum()
+        self.num_images += len(labels)
+
+    def compute(self) -> Tensor:
+        return self.total / self.num_images
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How often the net is right where it says that it is sure, in NUM_BINS equal bins of confidence from 0 to 1.
+
+    Args:
+        num_images: (NUM_BINS,) int64, images whose confidence falls in each bin.
+        num_correct: (NUM_BINS,) int64, those of them classified right.
+        confidence: (NUM_BINS,) float64, sum of their confidences.
+    """
+
+    num_images: Tensor
+    num_correct: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def of(cls, num_images: Tensor, num_correct: Tensor, confidence: Tensor) -> "Calibration":
+        """From what SummedCalibration computes."""
+        return cls(num_images.cpu(), num_correct.cpu(), confidence.cpu())
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error, 0 to 1: the mean distance of accuracy and confidence, weighted by images."""
+        return float((self.num_correct - self.confidence).abs().sum() / self.num_images.sum().clamp(min=1))
+
+
+class SummedCalibration(Metric):
+    """Calibration over all images of all ranks.
+
+    torchmetrics' MulticlassCalibrationError gives the same error; it keeps each image's confidence and has no bins to
+    draw a diagram from.
+    """
+
+    full_state_update = False
+    num_images: Tensor
+    num_correct: Tensor
+    confidence: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, dtype in (
+            ("num_images", torch.int64),
+            ("num_correct", torch.int64),
+            ("confidence", torch.float64),
+        ):
+            self.add_state(name, torch.zeros(NUM_BINS, dtype=dtype), dist_reduce_fx="sum")
+
+    def update(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Adds images by their probabilities (B, K), 0 to 1, and labels (B,)."""
+        confidence, predictions = probabilities.max(1)
+        bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+        self.num_images.index_add_(0, bins, torch.ones_like(bins))
+        self.num_correct.index_add_(0, bins, (predictions == labels).long())
+        self.confidence.index_add_(0, bins, confidence.double())
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The fields of Calibration. Metric.compute takes no frozen dataclass."""
+        return self.num_images, self.num_correct, self.confidence
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """M images that the net got wrong, the surest first.
+
+    Args:
+        images: (M, 3, 32, 32) uint8.
+        labels: (M,) int64, the true classes.
+        predictions: (M,) int64, what the net said.
+        confidences: (M,) float32, how sure it was, 0 to 1.
+    """
+
+    images: Tensor
+    labels: Tensor
+    predictions: Tensor
+    confidences: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor, predictions: Tensor, confidences: Tensor) -> "Mistakes":
+        """From what WorstMistakes computes."""
+        real = confidences >= 0
+        return cls(images[real].cpu(), labels[real].cpu(), predictions[real].cpu(), confidences[real].cpu())
+
+
+def _join_ranks(state: Tensor) -> Tensor:
+    return state.flatten(0, 1)  # (ranks, M, ...)
+
+
+class WorstMistakes(Metric):
+    """The NUM_MISTAKES images of all ranks that the net got wrong and was surest of."""
+
+    full_state_update = False
+    images: Tensor
+    labels: Tensor
+    predictions: Tensor
+    confidences: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape, dtype, empty in (
+            ("images", (3, 32, 32), torch.uint8, 0),
+            ("labels", (), torch.int64, 0),
+            ("predictions", (), torch.int64, 0),
+            ("confidences", (), torch.float32, -1),  # below all real ones
+        ):
+            state = torch.full((NUM_MISTAKES, *shape), empty, dtype=dtype)
+            self.add_state(name, state, dist_reduce_fx=_join_ranks)
+
+    def update(self, probabilities: Tensor, images: Tensor, labels: Tensor) -> None:
+        """Sees images (B, 3, 32, 32) uint8 with their probabilities (B, K), 0 to 1, and labels (B,)."""
+        confidences, predictions = probabilities.max(1)
+        confidences = torch.where(predictions == labels, -1.0, confidences)
+        confidences, new = confidences.topk(min(NUM_MISTAKES, len(labels)))
+        self.images, self.labels, self.predictions, self.confidences = self._worst(
+            torch.cat([self.images, images[new]]),
+            torch.cat([self.labels, labels[new]]),
+            torch.cat([self.predictions, predictions[new]]),
+            torch.cat([self.confidences, confidences]),
+        )
+
+    def _worst(
+        self, images: Tensor, labels: Tensor, predictions: Tensor, confidences: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        confidences, worst = confidences.topk(NUM_MISTAKES)
+        return images[worst], labels[worst], predictions[worst], confidences
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields of Mistakes, NUM_MISTAKES of each; where there were fewer, confidences of -1 fill the end."""
+        return self._worst(self.images, self.labels, self.predictions, self.confidences)

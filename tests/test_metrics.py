@@ -1,0 +1,92 @@
+"""What is counted in an evaluation, against torchmetrics and plain arithmetic, in batches and over ranks."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassCalibrationError
+
+from lit_cifar.metrics import NUM_BINS, NUM_MISTAKES, Calibration, Mistakes, SummedCalibration, WorstMistakes
+
+GENERATOR = torch.Generator().manual_seed(0)
+NUM_IMAGES, NUM_CLASSES = 500, 7
+PROBABILITIES = (3 * torch.randn(NUM_IMAGES, NUM_CLASSES, generator=GENERATOR)).softmax(1)
+LABELS = torch.multinomial(PROBABILITIES, 1, generator=GENERATOR).flatten()
+IMAGES = torch.randint(0, 256, (NUM_IMAGES, 3, 32, 32), dtype=torch.uint8, generator=GENERATOR)
+
+
+def batches(size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    yield from zip(PROBABILITIES.split(size), IMAGES.split(size), LABELS.split(size), strict=True)
+
+
+def calibrate(size: int) -> Calibration:
+    metric = SummedCalibration()
+    for probabilities, _, labels in batches(size):
+        metric.update(probabilities, labels)
+    return Calibration.of(*metric.compute())
+
+
+@pytest.mark.parametrize("size", [1, 64, NUM_IMAGES])
+def test_the_calibration_error_is_torchmetrics(size: int) -> None:
+    reference = MulticlassCalibrationError(NUM_CLASSES, n_bins=NUM_BINS)(PROBABILITIES, LABELS)
+    calibration = calibrate(size)
+    assert calibration.error == pytest.approx(float(reference), abs=1e-6)
+    assert calibration.num_images.sum() == NUM_IMAGES
+    assert calibration.num_correct.sum() == (PROBABILITIES.argmax(1) == LABELS).sum()
+
+
+def test_a_net_that_is_always_sure_and_right_or_wrong_has_error_0_or_1() -> None:
+    for labels, error in (([0, 1], 0.0), ([1, 0], 1.0)):
+        metric = SummedCalibration()
+        metric.update(torch.eye(2), torch.tensor(labels))
+        assert Calibration.of(*metric.compute()).error == error
+
+
+def worst(size: int) -> Mistakes:
+    metric = WorstMistakes()
+    for probabilities, images, labels in batches(size):
+        metric.update(probabilities, images, labels)
+    return Mistakes.of(*metric.compute())
+
+
+@pytest.mark.parametrize("size", [1, 64, NUM_IMAGES])
+def test_the_worst_mistakes_are_those_that_sorting_all_gives(size: int) -> None:
+    confidences, predictions = PROBABILITIES.max(1)
+    wrong = (predictions != LABELS).nonzero().flatten()
+    order = wrong[confidences[wrong].argsort(descending=True)][:NUM_MISTAKES]
+    mistakes = worst(size)
+    assert torch.equal(mistakes.images, IMAGES[order])
+    assert torch.equal(mistakes.labels, LABELS[order])
+    assert torch.equal(mistakes.predictions, predictions[order])
+    assert torch.equal(mistakes.confidences, confidences[order])
+
+
+@pytest.mark.parametrize("num_wrong", [0, 1, 3])
+def test_fewer_mistakes_than_there_is_room_for_are_all_there_is(num_wrong: int) -> None:
+    labels = PROBABILITIES.argmax(1)[:20].clone()
+    labels[:num_wrong] = (labels[:num_wrong] + 1) % NUM_CLASSES
+    metric = WorstMistakes()
+    metric.update(PROBABILITIES[:20], IMAGES[:20], labels)
+    metric.update(PROBABILITIES[:0], IMAGES[:0], labels[:0])  # a rank's empty share
+    mistakes = Mistakes.of(*metric.compute())
+    assert mistakes.images.shape == (num_wrong, 3, 32, 32)
+    assert len(mistakes.labels) == len(mistakes.predictions) == len(mistakes.confidences) == num_wrong
+
+
+def test_ranks_join_to_what_one_would_have_counted() -> None:
+    """As torchmetrics joins them: states gathered, then each state's own reduction."""
+
+    def joined(metrics: list[Metric]) -> Metric:
+        for name, reduce in metrics[0]._reductions.items():
+            assert reduce is not None
+            setattr(metrics[0], name, reduce(torch.stack([getattr(metric, name) for metric in metrics])))
+        return metrics[0]
+
+    calibrations, mistakes = [SummedCalibration() for _ in range(3)], [WorstMistakes() for _ in range(3)]
+    for rank in range(3):
+        calibrations[rank].update(PROBABILITIES[rank::3], LABELS[rank::3])
+        mistakes[rank].update(PROBABILITIES[rank::3], IMAGES[rank::3], LABELS[rank::3])
+    assert Calibration.of(*joined(list(calibrations)).compute()).error == pytest.approx(calibrate(64).error, abs=1e-12)
+    assert torch.equal(Mistakes.of(*joined(list(mistakes)).compute()).images, worst(64).images)
