@@ -6,6 +6,7 @@ import difflib
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import warnings
@@ -25,7 +26,15 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_cifar import loop
 from lit_cifar.callbacks import Dashboard, DeviceShapes, ProgressBar, RunningLoss
-from lit_cifar.checkpoint import Checkpoints, DurableCheckpointIO, RunLogger, run_folder, run_version
+from lit_cifar.checkpoint import (
+    STOPPED,
+    Checkpoints,
+    DurableCheckpointIO,
+    RunLogger,
+    Stopped,
+    run_folder,
+    run_version,
+)
 from lit_cifar.data import CIFAR10DataModule
 from lit_cifar.errors import UserError
 from lit_cifar.module import LitClassifier
@@ -166,6 +175,7 @@ class CLI(LightningCLI):
         add_arguments: Callable[[Parser], None] = lambda parser: None,
     ) -> None:
         self._args, self._base, self._resume, self._logs = args, base, resume, logs
+        self._command = shlex.join([*prog.split(), *args])
         self._add_arguments_of_command = add_arguments
         quiet_lightning()
         with warnings.catch_warnings():
@@ -220,7 +230,7 @@ class CLI(LightningCLI):
             overrides["enable_progress_bar"] = interactive
         if not self.config["data"]["num_val"]:
             overrides["limit_val_batches"] = 0
-        overrides["callbacks"] = [*_as_list(config["callbacks"]), DeviceShapes(), Dashboard()]
+        overrides["callbacks"] = [*_as_list(config["callbacks"]), DeviceShapes(), Dashboard(self._command)]
         if overrides.get("enable_progress_bar", config["enable_progress_bar"]):
             overrides["callbacks"].append(ProgressBar())
         overrides["plugins"] = [*_as_list(config["plugins"]), DurableCheckpointIO()]
@@ -363,6 +373,11 @@ def run(command: Callable[[list[str]], None]) -> NoReturn:
             sys.stdout.flush()
             print(f"lit_cifar: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Stopped as stopped:
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            sys.stdout.flush()
+            print(f"lit_cifar: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     sys.exit(0)

@@ -71,7 +71,10 @@ def main(args: list[str]) -> None:
 
 def _add_arguments(parser: cli.Parser) -> None:
     parser.add_argument(
-        "--resume", type=str, default=None, help="go on with a run: 'auto' for the newest, its folder, or a .ckpt file"
+        "--resume",
+        type=str,
+        default=None,
+        help="go on with a run: 'auto' for the newest ('if-any': or start one), its folder, or a .ckpt file",
     )
     parser.add_argument(
         "--trust", type=bool, default=False, help="true: make classes that a resumed checkpoint names, of any package"
@@ -83,6 +86,8 @@ def _resume(args: list[str]) -> tuple[Path | None, dict[str, Any], dict[str, Any
     if not resume:
         return None, {}, None
     path = find_checkpoint(resume, Path(cli.value_of("trainer.default_root_dir", args) or "."))
+    if path is None:
+        return None, {}, None
     os.environ[RESUME_VARIABLE] = str(path)
     checkpoint = read_checkpoint(path)
     return path, checkpoint, cli.checkpoint_config(checkpoint, trust=cli.value_of("trust", args) == "true")

@@ -41,6 +41,9 @@ class LeanEpochLoop(_TrainingEpochLoop):
 
     _lean = False
 
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Nothing: Checkpoints stops at signals. Lightning's waits for the device and the other ranks in each step."""
+
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         super().on_run_start(data_fetcher)
         self._lean = self._can_be_lean(data_fetcher)

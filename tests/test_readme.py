@@ -55,10 +55,22 @@ def test_flags_that_documents_name_exist(capsys: pytest.CaptureFixture[str]) -> 
         lit_cifar.fit.main(["--help"])
     known = set(re.findall(r"--[\w.]+", capsys.readouterr().out)) | {f"--{short}" for short in SHORT_FLAGS}
     known |= {f"--{flag}" for flag in lit_cifar.bench.OWN_FLAGS}
+    known |= {"--nodes", "--ntasks", "--signal"}  # Slurm's
     known |= {"--ckpt_path", "--logdir", "--print_config", "--model.net.num_classes"}
     for document in DOCUMENTS:
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w.]+", document.read_text()))
         assert flags <= known, (document.name, flags - known)
+
+
+def test_error_lines_that_the_documents_explain_are_the_programs_own() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "lit_cifar").rglob("*.py"))
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # literals that stand in several lines
+    table = (ROOT / "docs/troubleshooting.md").read_text().split("## Slow")[0]
+    lines = [line for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for line in re.findall(r"`(.*?)`", row)]
+    assert len(lines) > 8
+    for line in lines:
+        longest = max(re.split(r"\.\.\.|\d+|\bNet\b", line), key=len).strip()
+        assert longest in sources, line
 
 
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
