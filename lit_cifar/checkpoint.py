@@ -1,7 +1,6 @@
 """Files that must survive: durable checkpoints, the run's folder, finding and reading what a run left. Training logic
 is not here."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +12,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_cifar.errors import UserError
+from lit_cifar.errors import DivergedError, UserError
 from lit_cifar.files import replaced
-
-RUNS = Path("lightning_logs")
+from lit_cifar.folders import RUNS, run_version
 
 
 class RunLogger(TensorBoardLogger):
@@ -53,12 +51,6 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         """Brings events onto the disk; no hparams.yaml, whose place config.yaml takes."""
         self.experiment.flush()
-
-
-def run_version(run: Path) -> int:
-    """N of a folder version_N, -1 of any other."""
-    match = re.fullmatch(r"version_(\d+)", run.name)
-    return int(match[1]) if match else -1
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -155,7 +147,7 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for name, weight in checkpoint["state_dict"].items():
             if weight.is_floating_point() and not bool(weight.isfinite().all()):
-                raise UserError(
+                raise DivergedError(
                     f"step {trainer.global_step}: {name} is not finite, so nothing is saved and the checkpoint before "
                     "is kept: go on from it with --resume and a smaller --lr, or start anew with one"
                 )
