@@ -58,7 +58,15 @@ TRAINER_DEFAULTS = {
 # thread, torch 2.14, 2 CPU cores); two threads gain nothing and lose much when another process wants a core
 SMALL_STEP = 2**20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
-OWN_FLAGS = ("resume", "ckpt_path", "output", "trust")  # what to do this once; no part of the config
+OWN_FLAGS = (
+    "resume",
+    "ckpt_path",
+    "output",
+    "trust",
+    "study",
+    "trials",
+    "storage",
+)  # what to do this once; no part of the config
 TRUSTED = ("lit_cifar.", "torchvision.", "torch.nn.")  # a checkpoint's config may name classes from these by itself
 
 
@@ -81,6 +89,10 @@ class Parser(LightningArgumentParser):
 
     def _find(self, dest: str) -> Action:
         return next(action for action in self._actions if action.dest == dest)
+
+    def option(self, key: str) -> Action | None:
+        """The option that a key means, dotted or short; None when there is none of this name."""
+        return self._option_string_actions.get(f"--{key}")
 
     def format_help(self, formatter: Any = None) -> str:
         """Short flags first, then everything."""
