@@ -25,9 +25,9 @@ from lit_cifar.errors import UserError
 optuna = pytest.importorskip("optuna", reason="Optuna is not installed: pip install 'lit_cifar[sweep]'")
 
 CONFIG = str(ROOT / "configs/tutorial.yaml")
-FLAGS = ["--dataset", "shapes", "--accelerator", "cpu", "--data.num_val", "500", "--trainer.limit_train_batches", "3"]
-SPACE = "model.lr: {low: 1e-3, high: 0.1, log: true}\nbatch_size: {choices: [16, 500]}\n"
-FLAGS_OF_3_EPOCHS = [*FLAGS, "--max_epochs", "3", "--batch_size", "500"]
+FLAGS = ["--dataset", "shapes", "--accelerator", "cpu", "--data.num_val", "200", "--trainer.limit_train_batches", "3"]
+SPACE = "model.lr: {low: 1e-3, high: 0.1, log: true}\nbatch_size: {choices: [16, 100]}\n"
+FLAGS_OF_3_EPOCHS = [*FLAGS, "--max_epochs", "3", "--batch_size", "100"]
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_a_trial_is_the_run_that_fit_makes_of_its_values(capsys: pytest.CaptureF
     search(SPACE, 3, *FLAGS)
     output = capsys.readouterr().out
     trials = [trial_of(f"version_{i}") for i in range(3)]
-    assert {trial["values"]["data.batch_size"] for trial in trials} == {"16", "500"}  # of both kinds of kernels
+    assert {trial["values"]["data.batch_size"] for trial in trials} == {"16", "100"}  # of both kinds of kernels
     (best,) = [i for i in range(3) if Path(f"lightning_logs/version_{i}/results.json").is_file()]
     assert trials[best]["accuracy"] == max(trial["accuracy"] for trial in trials)
     for i, trial in enumerate(trials):
@@ -118,7 +118,7 @@ def wait_for_trial(number: int, process: "subprocess.Popen[str]") -> None:
 def test_a_sweep_killed_in_a_trial_goes_on_to_the_same_trials_and_the_same_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    long = [*FLAGS, "--max_epochs", "4"]
+    long = [*FLAGS, "--max_epochs", "3"]
     Path("space.yaml").write_text(SPACE)
     command = ["-m", "lit_cifar.sweep", CONFIG, "--study", "space.yaml", "--trials", "3", *long]
     with subprocess.Popen(
