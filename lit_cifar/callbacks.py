@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from lit_cifar import pictures
-from lit_cifar.errors import UserError
+from lit_cifar.errors import DivergedError, UserError
 from lit_cifar.loader import DeviceLoader, TrainBatches
 from lit_cifar.module import LitClassifier, normalise
 from lit_cifar.report import commit, peak_memory, versions
@@ -148,7 +148,7 @@ class RunningLoss(Callback):
         step = trainer.global_step - int(steps_ago)
         kept = Path(trainer.log_dir or ".") / "checkpoints" / "last.ckpt"
         way_out = f"go on from {kept} with --resume and a smaller --lr" if kept.is_file() else "choose a smaller --lr"
-        raise UserError(
+        raise DivergedError(
             f"the loss is not finite at step {step} (epoch {trainer.current_epoch + 1}, batch "
             f"{batch_idx + 1 - int(steps_ago)}): {way_out}"
         )

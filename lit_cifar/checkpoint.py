@@ -19,10 +19,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_cifar.errors import UserError
+from lit_cifar.errors import DivergedError, UserError
 from lit_cifar.files import replaced
+from lit_cifar.folders import RUNS, run_version
 
-RUNS = Path("lightning_logs")
 STOP_SIGNALS = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))  # Windows has no SIGUSR1
 STOPPED = 75  # exit code of a run that a signal ended and that can be resumed; EX_TEMPFAIL of sysexits.h
 
@@ -61,12 +61,6 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         """Brings events onto the disk; no hparams.yaml, whose place config.yaml takes."""
         self.experiment.flush()
-
-
-def run_version(run: Path) -> int:
-    """N of a folder version_N, -1 of any other."""
-    match = re.fullmatch(r"version_(\d+)", run.name)
-    return int(match[1]) if match else -1
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -229,7 +223,7 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for name, weight in checkpoint["state_dict"].items():
             if weight.is_floating_point() and not bool(weight.isfinite().all()):
-                raise UserError(
+                raise DivergedError(
                     f"step {trainer.global_step}: {name} is not finite, so nothing is saved and the checkpoint before "
                     "is kept: go on from it with --resume and a smaller --lr, or start anew with one"
                 )

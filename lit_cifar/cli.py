@@ -2,12 +2,10 @@
 
 import contextlib
 import ctypes
-import difflib
 import logging
 import os
 import re
 import shlex
-import signal
 import sys
 import warnings
 from argparse import Action
@@ -24,20 +22,14 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_cifar import loop
+from lit_cifar import errors, loop
 from lit_cifar.callbacks import Dashboard, DeviceShapes, ProgressBar, RunningLoss
-from lit_cifar.checkpoint import (
-    STOPPED,
-    Checkpoints,
-    DurableCheckpointIO,
-    RunLogger,
-    Stopped,
-    run_folder,
-    run_version,
-)
+from lit_cifar.checkpoint import STOPPED, Checkpoints, DurableCheckpointIO, RunLogger, Stopped, run_folder
 from lit_cifar.data import CIFAR10DataModule
 from lit_cifar.errors import UserError
+from lit_cifar.folders import run_version
 from lit_cifar.module import LitClassifier
+from lit_cifar.text import nearest
 
 # short flag: (dotted twin, help)
 SHORT_FLAGS = {
@@ -67,7 +59,15 @@ TRAINER_DEFAULTS = {
 # thread, torch 2.14, 2 CPU cores); two threads gain nothing and lose much when another process wants a core
 SMALL_STEP = 2**20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
-OWN_FLAGS = ("resume", "ckpt_path", "output", "trust")  # what to do this once; no part of the config
+OWN_FLAGS = (
+    "resume",
+    "ckpt_path",
+    "output",
+    "trust",
+    "study",
+    "trials",
+    "storage",
+)  # what to do this once; no part of the config
 TRUSTED = ("lit_cifar.", "torchvision.", "torch.nn.")  # a checkpoint's config may name classes from these by itself
 
 
@@ -90,6 +90,10 @@ class Parser(LightningArgumentParser):
 
     def _find(self, dest: str) -> Action:
         return next(action for action in self._actions if action.dest == dest)
+
+    def option(self, key: str) -> Action | None:
+        """The option that a key means, dotted or short; None when there is none of this name."""
+        return self._option_string_actions.get(f"--{key}")
 
     def format_help(self, formatter: Any = None) -> str:
         """Short flags first, then everything."""
@@ -119,10 +123,10 @@ class Parser(LightningArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
             typed = found[1].split("=")[0]
-            return f"unknown flag {typed}{_nearest(typed, flags)}; --help lists the flags"
+            return f"unknown flag {typed}{nearest(typed, flags)}; --help lists the flags"
         if found := re.search(r"(?:Group '(\S+)' does not accept option|Option|[Kk]ey) '(\S+)'", message):
             key = f"{found[1]}.{found[2]}" if found[1] else found[2]
-            near = _nearest(key, [flag[2:] for flag in flags])
+            near = nearest(key, [flag[2:] for flag in flags])
             return f"unknown key {key!r} in the config{near}; --print_config lists the keys"
         if message.startswith("Problems parsing config"):
             return f"--config {value_of('config', self.typed)} is no valid YAML: {message.split(': ', 1)[-1]}"
@@ -130,7 +134,7 @@ class Parser(LightningArgumentParser):
         if found := re.search(r"^(.*?): Expected a (.*)\. Got value: (.*)$", message):
             where, expected, given = found.groups()
             choices = re.findall(r"'([^']*)'", expected) if "Literal[" in expected else []
-            return f"{where}: expected {_plain(expected)}, got {given}{_nearest(given, choices)}"
+            return f"{where}: expected {_plain(expected)}, got {given}{nearest(given, choices)}"
         if found := re.search(r"^(.*?): Does not validate .* Subtypes: \[(.*?)\] Errors.* Given value: (.*)$", message):
             return f"{found[1]}: expected {_plain(found[2])}, got {found[3]}"
         return message
@@ -145,11 +149,6 @@ def _plain(types: str) -> str:
     """Types as jsonargparse names them, for people."""
     types = re.sub(r"<class '([^']*)'>|typing.Literal\[(.*?)\]", r"\1\2", types)
     return types.replace("'", "").replace("NoneType", "null")
-
-
-def _nearest(typed: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(typed, known, n=1)
-    return f": did you mean {close[0]}?" if close else ""
 
 
 class CLI(LightningCLI):
@@ -220,6 +219,7 @@ class CLI(LightningCLI):
         super().instantiate_classes()
         suit_cpu(self.datamodule.batch_size * sum(parameter.numel() for parameter in self.model.net.parameters()))
         self.model.config = self.plain_config
+        self.model.recipe = _recipe(self.config.get("config"))
         self.datamodule.trainer = self.trainer
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -266,6 +266,11 @@ class CLI(LightningCLI):
             if run is not None:
                 return RunLogger(str(run.parent.parent), version=run_version(run), purge_step=step + 1)
         return RunLogger(save_dir or ".")
+
+
+def _recipe(configs: Sequence[Any] | None) -> str:
+    """What people call a training: the names of its --config files; None stands for a config typed in full."""
+    return "+".join(Path(str(path)).stem if path else "typed" for path in configs or ()) or "tutorial"
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -365,19 +370,20 @@ def quiet_lightning() -> None:
 
 
 def run(command: Callable[[list[str]], None]) -> NoReturn:
-    """Runs a command on sys.argv and exits: 0 when done, 2 with one line when the user can mend it."""
-    try:
-        command(sys.argv[1:])
-    except (UserError, MisconfigurationException) as error:
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            sys.stdout.flush()
-            print(f"lit_cifar: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except Stopped as stopped:
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            sys.stdout.flush()
-            print(f"lit_cifar: {stopped}", file=sys.stderr, flush=True)
-        sys.exit(STOPPED)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    sys.exit(0)
+    """As `errors.run`; what Lightning refuses is the user's to mend too, a training that a signal stopped ends with code
+    STOPPED, and only the first process tells it."""
+
+    def on_this_rank(args: list[str]) -> None:
+        try:
+            command(args)
+        except (UserError, MisconfigurationException) as error:
+            if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+                sys.exit(2)
+            raise UserError(str(error)) from error
+        except Stopped as stopped:
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                sys.stdout.flush()
+                print(f"lit_cifar: {stopped}", file=sys.stderr, flush=True)
+            sys.exit(STOPPED)
+
+    errors.run(on_this_rank)

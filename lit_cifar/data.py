@@ -102,6 +102,11 @@ class CIFAR10DataModule(LightningDataModule):
         if stage == "test" and self._test is None:
             self._test = self._read(train=False)
 
+    def use_images_of(self, other: "CIFAR10DataModule") -> None:
+        """Shares the training and validation images that another module, with the same settings of them, has read."""
+        self._train, self._val = other._train, other._val
+        self._prepared, self._cache_file = other._prepared, other._cache_file
+
     @property
     def train(self) -> Split:
         assert self._train is not None, "setup('fit') comes first"

@@ -1,10 +1,11 @@
-"""`python -m lit_cifar.fit`: trains, then tests once. What other commands share is not here."""
+"""`python -m lit_cifar.fit`: trains, then tests once. `sweep` trains and tests with the same functions."""
 
 import time
 
 _started = time.perf_counter()  # before the imports, which are part of what a run costs
 
 import os  # noqa: E402
+from datetime import datetime, timezone  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -12,6 +13,7 @@ from lit_cifar import cli  # noqa: E402
 from lit_cifar.callbacks import RunningLoss  # noqa: E402
 from lit_cifar.checkpoint import find_checkpoint, read_checkpoint  # noqa: E402
 from lit_cifar.errors import UserError  # noqa: E402
+from lit_cifar.folders import RESULTS  # noqa: E402
 from lit_cifar.report import peak_memory, print_report, write_results  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _started
@@ -32,21 +34,56 @@ def main(args: list[str]) -> None:
         resume=(path, checkpoint["global_step"]) if path else None,
         add_arguments=_add_arguments,
     )
-    trainer, model, data = command.trainer, command.model, command.datamodule
-    # What can be wrong with the input is found here, before anything is written. Every process does it: locks let one
-    # of them download or decode, and no collective call can time out meanwhile.
-    data.prepare_data()
-    data.setup("fit")
-    data.setup("test")
-    data.train_batches()
-    model.set_classes(data.classes)
+    prepare(command, "fit", "test")
     if path:
-        model.check_fits(checkpoint)
+        command.model.check_fits(checkpoint)
         _check_position(checkpoint, command.plain_config)
+        command.model.recipe = checkpoint["lit_cifar"].get("recipe")  # the run keeps its name
     del checkpoint
+    finish(command, started, train(command, started, path))
 
+
+def prepare(command: cli.CLI, *stages: str) -> None:
+    """Gets and reads the data of the stages, 'fit' among them, and checks that they can be trained on.
+
+    What can be wrong with the input is found here, before anything is written. Every process does it: locks let one of
+    them download or decode, and no collective call can time out meanwhile.
+
+    Raises:
+        UserError: the data are missing or damaged, or the settings do not suit them.
+    """
+    data = command.datamodule
+    data.prepare_data()
+    for stage in stages:
+        data.setup(stage)
+    data.train_batches()
+    command.model.set_classes(data.classes)
+
+
+def train(command: cli.CLI, started: float, path: Path | None = None) -> dict[str, float]:
+    """Trains, from the checkpoint at `path` if there is one, and gives the seconds of `results.json` so far.
+
+    Args:
+        started: when the run began, on time.perf_counter's clock.
+
+    Raises:
+        UserError: the loss or a weight is no longer finite (DivergedError), or a checkpoint cannot be written.
+    """
+    trainer = command.trainer
     fit_started = time.perf_counter()
-    trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True)
+    trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
+    fit_seconds = time.perf_counter() - fit_started
+    running_loss = next(callback for callback in trainer.callbacks if isinstance(callback, RunningLoss))  # type: ignore[attr-defined]
+    return {
+        "start": running_loss.train_started - started,
+        "first_step": running_loss.first_step_seconds,
+        "fit": fit_seconds,
+    }
+
+
+def finish(command: cli.CLI, started: float, seconds: dict[str, float]) -> None:
+    """Tests once, the best checkpoint where validation chose one, prints the report and writes `results.json`."""
+    trainer, model, data = command.trainer, command.model, command.datamodule
     test_started = time.perf_counter()
     run = Path(trainer.log_dir or ".")  # asked for on every rank: rank 0 broadcasts it
     best = run / "checkpoints" / "best.ckpt"
@@ -57,15 +94,9 @@ def main(args: list[str]) -> None:
     print_report(model.reports["test"], model.reports.get("plain"))
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    running_loss = next(callback for callback in trainer.callbacks if isinstance(callback, RunningLoss))  # type: ignore[attr-defined]
-    seconds = {
-        "start": running_loss.train_started - started,
-        "first_step": running_loss.first_step_seconds,
-        "fit": test_started - fit_started,
-        "test": time.perf_counter() - test_started,
-        "total": time.perf_counter() - started,
-    }
-    write_results(run / "results.json", _results(command, seconds, "best" if select else "last"))
+    now = time.perf_counter()
+    seconds = {**seconds, "test": now - test_started, "total": now - started}
+    write_results(run / RESULTS, _results(command, seconds, "best" if select else "last"))
     print(f"\nRun: {run}\nDashboards: tensorboard --logdir {run.parent}")
 
 
@@ -111,6 +142,8 @@ def _check_position(checkpoint: dict[str, Any], config: dict[str, Any]) -> None:
 def _results(command: cli.CLI, seconds: dict[str, float], tested: str) -> dict[str, Any]:
     data, trainer = command.datamodule, command.trainer
     return {
+        "recipe": command.model.recipe,
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # of the run's end
         "dataset": data.dataset,
         "num_train": len(data.train.labels),
         "num_val": data.num_val,

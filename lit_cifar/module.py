@@ -124,6 +124,7 @@ class LitClassifier(LightningModule):
         self.compile_net = compile
         self.classes: tuple[str, ...] = ()
         self.config: dict[str, Any] = {}  # what the command line made of it, plain values; travels in the checkpoint
+        self.recipe: str | None = None  # what people call this training; travels in the checkpoint
         # of the stages 'val', 'test' and 'plain', the test without its augmentation; made when the classes are known,
         # and not checkpointed
         self.confusions: dict[str, MulticlassConfusionMatrix] = nn.ModuleDict()  # type: ignore[assignment]
@@ -342,7 +343,7 @@ class LitClassifier(LightningModule):
         return max(1, min(limits))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lit_cifar"] = {"classes": list(self.classes), "config": self.config}
+        checkpoint["lit_cifar"] = {"classes": list(self.classes), "config": self.config, "recipe": self.recipe}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_fits(checkpoint)

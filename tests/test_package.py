@@ -12,7 +12,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "lit_cifar"
 # from left to right; a group's modules do not import one another, but where an order is told
 LAYERS = [
-    {"errors", "files"},
+    {"errors", "files", "folders", "text"},
     {"augment", "nets", "optim", "download", "shapes", "metrics"},
     {"sources"},
     {"loader"},
@@ -20,8 +20,8 @@ LAYERS = [
     {"data", "module", "pictures"},
     {"checkpoint", "callbacks", "loop"},
     {"cli"},
-    {"fit", "test"},
-    {"bench"},  # measures fit
+    {"fit", "test", "runs"},
+    {"bench", "sweep"},  # use fit
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

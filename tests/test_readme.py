@@ -9,16 +9,21 @@ from conftest import ROOT
 
 import lit_cifar.bench
 import lit_cifar.fit
+import lit_cifar.runs
+import lit_cifar.sweep
 import lit_cifar.test
 from lit_cifar.cli import SHORT_FLAGS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+SPACES = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
 COMMANDS = sorted(
     {
         (match[1], re.sub(r"\s+#.*", "", match[2]).strip())
         for document in DOCUMENTS
-        for match in re.finditer(r"python -m lit_cifar\.(fit|test|bench)(?=[\s`])([^`\n]*)", document.read_text())
+        for match in re.finditer(
+            r"python -m lit_cifar\.(fit|test|bench|runs|sweep)(?=[\s`])([^`\n]*)", document.read_text()
+        )
     }
 )
 
@@ -42,6 +47,13 @@ def test_every_command_of_the_documents_parses(module: str, args: str) -> None:
     if module == "test":
         lit_cifar.test.main(typed)
         return
+    if module == "runs":
+        Path("lightning_logs/version_0").mkdir(parents=True)
+        lit_cifar.runs.main(typed)
+        return
+    if module == "sweep":
+        assert lit_cifar.sweep.Sweep(["--config", *typed]).space
+        return
     if module == "bench":
         config, _, rest = lit_cifar.bench.split_flags(typed)
         typed = ["--config", config, *rest]
@@ -56,6 +68,7 @@ def test_flags_that_documents_name_exist(capsys: pytest.CaptureFixture[str]) -> 
     known = set(re.findall(r"--[\w.]+", capsys.readouterr().out)) | {f"--{short}" for short in SHORT_FLAGS}
     known |= {f"--{flag}" for flag in lit_cifar.bench.OWN_FLAGS}
     known |= {"--nodes", "--ntasks", "--signal"}  # Slurm's
+    known |= {"--study", "--trials", "--storage", "--sort", "--json"}
     known |= {"--ckpt_path", "--logdir", "--print_config", "--model.net.num_classes"}
     for document in DOCUMENTS:
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w.]+", document.read_text()))
@@ -71,6 +84,22 @@ def test_error_lines_that_the_documents_explain_are_the_programs_own() -> None:
     for line in lines:
         longest = max(re.split(r"\.\.\.|\d+|\bNet\b", line), key=len).strip()
         assert longest in sources, line
+
+
+def test_the_space_that_documents_show_can_be_searched() -> None:
+    pytest.importorskip("optuna")
+    shown = re.search(r"## Sweep.*?```yaml\n(.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
+    assert shown
+    Path("space.yaml").write_text(shown[1])
+    flags = ["--study", "space.yaml", "--trials", "1", "--dataset", "shapes", "--data.num_val", "500"]
+    lit_cifar.sweep.Sweep(["--config", str(ROOT / "configs/tutorial.yaml"), *flags]).check()
+
+
+@pytest.mark.parametrize("space", SPACES, ids=lambda path: path.stem)
+def test_every_space_can_be_searched(space: Path) -> None:
+    pytest.importorskip("optuna")
+    flags = ["--study", str(space), "--trials", "1", "--dataset", "shapes", "--data.num_val", "500"]
+    lit_cifar.sweep.Sweep(["--config", str(ROOT / "configs" / space.name), *flags]).check()
 
 
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
