@@ -39,11 +39,11 @@ def main(args: list[str]) -> None:
     data.setup("fit")
     data.setup("test")
     data.train_batches()
-    model.set_classes(data.classes)
     if path:
-        model.check_fits(checkpoint)
+        model.check_fits(checkpoint, data.classes)
         _check_position(checkpoint, command.plain_config)
     del checkpoint
+    model.set_classes(data.classes)
 
     fit_started = time.perf_counter()
     trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True)

@@ -110,7 +110,7 @@ def test_help_takes_hardly_longer_than_importing_lightning(tmp_path: Path) -> No
         (["--lr", "fast"], ["--lr: expected float, got fast"]),
         (["--model.lr", "fast"], ["--model.lr: expected float, got fast"]),
         (["--batch_size=2.5"], ["--batch_size: expected int, got 2.5"]),
-        (["--dataset", "shape"], ["--dataset: expected cifar10, shapes, got shape", "did you mean shapes?"]),
+        (["--dataset", "shape"], ["--dataset: expected cifar10, cifar100, shapes, got shape", "did you mean shapes?"]),
         (["--trainer.max_epochs", "many"], ["--trainer.max_epochs: expected int, null, got many"]),
         (["--devices", "many", "--accelerator", "cpu", "--dataset", "shapes"], ["devices"]),
         (["--model.net", "lit_cifar.nets.Nett"], ["--model.net", "no attribute 'Nett'"]),
