@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 
 import lit_cifar.fit
+from lit_cifar import sources
 from lit_cifar.cli import CLI, SHORT_FLAGS
 from lit_cifar.errors import UserError
 
@@ -212,6 +213,16 @@ def test_a_number_of_classes_found_is_as_good_as_one_typed(tree: Path) -> None:
     found = make_cli(["--data_dir", "tree"]).model.net.state_dict()
     typed = make_cli(["--data_dir", "tree", "--model.net.num_classes", "3"]).model.net.state_dict()
     assert all(torch.equal(weight, typed[name]) for name, weight in found.items())
+
+
+def test_a_tree_is_listed_once_for_the_net_and_the_data(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = []
+    list_tree = sources._list_tree
+    monkeypatch.setattr(sources, "_list_tree", lambda path: listed.append(path) or list_tree(path))
+    data = make_cli(["--data_dir", "tree"]).datamodule
+    data.prepare_data()
+    data.setup("fit")
+    assert len(listed) == 1
 
 
 def test_printing_the_config_looks_at_no_data(capsys: pytest.CaptureFixture[str], tree: Path, tmp_path: Path) -> None:

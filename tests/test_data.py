@@ -1,6 +1,9 @@
 """The data module: which source a folder stands for, the validation split, and loaders that give uint8."""
 
+import hashlib
+import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_sources import write_official
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -18,7 +22,7 @@ from lit_cifar.data import CIFAR10DataModule, split_validation
 from lit_cifar.download import ARCHIVES, CIFAR10, CIFAR100, Archive
 from lit_cifar.errors import UserError
 from lit_cifar.loader import DeviceLoader
-from lit_cifar.sources import Split
+from lit_cifar.sources import Split, read_official
 
 
 def make_split(*per_class: int) -> Split:
@@ -231,6 +235,29 @@ def test_a_folder_with_the_other_dataset_names_the_flag(
     assert fetched == [(folder, ARCHIVES[wanted], None)]
 
 
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_an_official_archive_is_unpacked_into_the_cache_once(
+    tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_official(tmp_path / "official", dataset, monkeypatch)
+    archive = tmp_path / "given.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(files, files.name)
+    sha256, num_bytes = hashlib.sha256(archive.read_bytes()).hexdigest(), archive.stat().st_size
+    monkeypatch.setitem(ARCHIVES, dataset, replace(ARCHIVES[dataset], sha256=sha256, num_bytes=num_bytes))
+    for _ in range(2):
+        data = CIFAR10DataModule(data_dir=str(archive), dataset=dataset)
+        assert data.count_classes() == (10 if dataset == "cifar10" else 100)
+        data.prepare_data()
+        data.setup("test")
+        assert torch.equal(data.test.images, read_official(files, dataset, train=False).images)
+        monkeypatch.setattr("lit_cifar.download.unpack", lambda *_: pytest.fail("unpacked again"))
+    assert (sources.cache_dir() / dataset / files.name).is_dir()
+    other = "cifar10" if dataset == "cifar100" else "cifar100"
+    with pytest.raises(UserError, match=f"add --dataset {dataset}"):
+        CIFAR10DataModule(data_dir=str(archive), dataset=other).prepare_data()
+
+
 @pytest.fixture
 def pixels(tmp_path: Path) -> np.ndarray:
     """Pixels (2 splits, 2 classes, 4 images, 32, 32, 3) uint8 that lie as PNG files in tmp_path / 'tree'."""
@@ -280,20 +307,11 @@ def test_a_cache_damaged_after_it_was_prepared_is_decoded_again(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_a_tree_decides_its_classes_and_is_listed_once(
-    tmp_path: Path, pixels: np.ndarray, dataset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    listed = []
-    list_tree = sources._list_tree
-    monkeypatch.setattr(sources, "_list_tree", lambda path: listed.append(path) or list_tree(path))
-    first = CIFAR10DataModule(data_dir=str(tmp_path / "tree"), dataset=dataset)
-    assert first.count_classes() == 2
+def test_a_tree_decides_its_classes(tmp_path: Path, pixels: np.ndarray, dataset: str) -> None:
     data = CIFAR10DataModule(data_dir=str(tmp_path / "tree"), dataset=dataset)
-    data.adopt_prepared(first)
-    data.prepare_data()
+    assert data.count_classes() == 2
     data.setup("fit")
     assert data.classes == ("ant", "bee")
-    assert len(listed) == 1
 
 
 def test_classes_are_counted_without_a_download(tmp_path: Path, fetched: list[tuple[Any, ...]]) -> None:

@@ -158,6 +158,8 @@ def test_find_source_tells_the_kinds_apart(tmp_path: Path, tree: Path, dataset: 
         lambda: find_source(empty / "renamed", other)
     )
     assert sources.find_dataset(tree) is None
+    (empty / "train").touch()  # a script, say
+    assert sources.find_dataset(empty) is None
 
 
 @pytest.mark.parametrize(("present", "missing"), [("train", "test"), ("test", "train")])
