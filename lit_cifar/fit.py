@@ -34,17 +34,16 @@ def main(args: list[str]) -> None:
         resume=(path, checkpoint["global_step"]) if path else None,
         add_arguments=_add_arguments,
     )
-    prepare(command, "fit", "test")
+    prepare(command, "fit", "test", checkpoint=checkpoint)
     if path:
-        command.model.check_fits(checkpoint)
-        _check_position(checkpoint, command.plain_config)
         command.model.recipe = checkpoint["lit_cifar"].get("recipe")  # the run keeps its name
     del checkpoint
     finish(command, started, train(command, started, path))
 
 
-def prepare(command: cli.CLI, *stages: str) -> None:
-    """Gets and reads the data of the stages, 'fit' among them, and checks that they can be trained on.
+def prepare(command: cli.CLI, *stages: str, checkpoint: dict[str, Any] | None = None) -> None:
+    """Gets and reads the data of the stages, 'fit' among them, and checks that they can be trained on, and that a run
+    to resume was trained on them.
 
     What can be wrong with the input is found here, before anything is written. Every process does it: locks let one of
     them download or decode, and no collective call can time out meanwhile.
@@ -57,6 +56,9 @@ def prepare(command: cli.CLI, *stages: str) -> None:
     for stage in stages:
         data.setup(stage)
     data.train_batches()
+    if checkpoint:
+        command.model.check_fits(checkpoint, data.classes)
+        _check_position(checkpoint, command.plain_config)
     command.model.set_classes(data.classes)
 
 

@@ -348,8 +348,9 @@ class LitClassifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_fits(checkpoint)
 
-    def check_fits(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that a checkpoint's weights and classes are this module's.
+    def check_fits(self, checkpoint: dict[str, Any], classes: tuple[str, ...] = ()) -> None:
+        """Checks that a checkpoint's weights are this module's, and its classes the data's: `classes`, or else those of
+        set_classes.
 
         Raises:
             UserError: they are another net's, or its classes are not the data's.
@@ -362,9 +363,15 @@ class LitClassifier(LightningModule):
                     f"the checkpoint does not fit {type(self.net).__name__}: {name} is {theirs.get(name, 'missing')} "
                     f"in the file and {ours.get(name, 'missing')} in the net; name the file's net with --model.net"
                 )
-        classes = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
-        if classes and self.classes and classes != self.classes:
+        trained_on = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
+        classes = classes or self.classes
+        if trained_on and classes and trained_on != classes:
             raise UserError(
-                f"the checkpoint's classes ({', '.join(classes)}) are not the data's ({', '.join(self.classes)}): "
+                f"the checkpoint's classes ({_enumerated(trained_on)}) are not the data's ({_enumerated(classes)}): "
                 "use the data it was trained on"
             )
+
+
+def _enumerated(classes: tuple[str, ...]) -> str:
+    shown = ", ".join(classes[:12])
+    return shown if len(classes) <= 12 else f"{shown}, ...: {len(classes)} in all"

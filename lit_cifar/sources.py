@@ -1,4 +1,4 @@
-"""Turns CIFAR-10's files, image trees, archives and drawn shapes into a checked `Split`. Batches are loader's."""
+"""Turns CIFAR's official files, image trees, archives and drawn shapes into a checked `Split`. Batches are loader's."""
 
 import contextlib
 import functools
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lit_cifar import shapes
+from lit_cifar.download import ARCHIVES
 from lit_cifar.errors import UserError
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ T = TypeVar("T")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SPLITS = ("train", "test")
+# by which a folder that was renamed is known
+OFFICIAL_FILES = {"cifar10": ("data_batch_1",), "cifar100": ("train", "meta")}
 IMAGE_BYTES = 3 * 32 * 32
 MAX_MEMBER_BYTES = 64 * 2**20
 CACHE_FORMAT = 1  # raise it whenever the same files would give other pixels or another layout
@@ -59,17 +62,17 @@ class Split:
             raise ValueError(f"labels go beyond 0..{num_classes - 1}")
 
 
-def find_source(data_dir: Path) -> Literal["cifar10", "cifar10-archive", "tree", "archive", "nothing"]:
-    """What `data_dir` holds.
+def find_source(data_dir: Path, dataset: str) -> Literal["official", "official-archive", "tree", "archive", "nothing"]:
+    """What `data_dir` holds for a dataset of `download.ARCHIVES`, 'cifar10' or 'cifar100'.
 
-    "cifar10" is CIFAR-10's unpacked batches (the folder itself or the one above), "cifar10-archive" its official
-    tar.gz, "tree" a folder with train/ and test/, "archive" a file named as one that `read_tree` can open, "nothing"
-    a folder with none of these or that does not exist. Raises UserError for half a tree, a file that is no archive,
-    and an archive that does not exist.
+    "official" is the dataset's unpacked files (the folder itself or the one above), "official-archive" its tar.gz,
+    "tree" a folder with train/ and test/, "archive" a file named as one that `read_tree` can open, "nothing" a folder
+    with none of these or that does not exist. Raises UserError for half a tree, a file that is no archive, an archive
+    that does not exist, and the official archive of another dataset.
     """
     if data_dir.is_dir():
-        if _batches_folder(data_dir) is not None:
-            return "cifar10"
+        if _official_folder(data_dir, dataset) is not None:
+            return "official"
         present = [name for name in SPLITS if (data_dir / name).is_dir()]
         if len(present) == 1:
             missing = "test" if present == ["train"] else "train"
@@ -77,55 +80,80 @@ def find_source(data_dir: Path) -> Literal["cifar10", "cifar10-archive", "tree",
         return "tree" if present else "nothing"
     named_as_archive = data_dir.name.lower().endswith(ARCHIVE_SUFFIXES)
     if data_dir.exists():
-        if _is_official_archive(data_dir):
-            return "cifar10-archive"
+        published = _published_in(data_dir)
+        if published == dataset:
+            return "official-archive"
+        if published is not None:
+            raise UserError(other_dataset(data_dir, published, dataset))
         if named_as_archive:
             return "archive"
         raise UserError(f"{data_dir} is neither a folder nor an archive; looked for {', '.join(ARCHIVE_SUFFIXES)}")
     if named_as_archive:
-        raise UserError(f"there is no archive {data_dir}; check the path, or give a folder to download CIFAR-10 into")
+        raise UserError(
+            f"there is no archive {data_dir}; check the path, or give a folder to download {ARCHIVES[dataset].title} "
+            "into"
+        )
     return "nothing"
 
 
-def _batches_folder(folder: Path) -> Path | None:
-    if (folder / "cifar-10-batches-py").is_dir():
-        return folder / "cifar-10-batches-py"
-    return folder if (folder / "data_batch_1").is_file() else None
+def find_dataset(folder: Path) -> str | None:
+    """The dataset of `download.ARCHIVES` whose files or whose archive a folder holds, if any."""
+    for dataset, spec in ARCHIVES.items():
+        if _official_folder(folder, dataset) is not None or (folder / spec.name).is_file():
+            return dataset
+    return None
 
 
-def _is_official_archive(path: Path) -> bool:
-    # A damaged one must not pass for "not the official one" by raising here: its name decides then.
+def other_dataset(path: Path, found: str, wanted: str) -> str:
+    """The one line about a path that holds another dataset than was asked for."""
+    return (
+        f"{path} holds {ARCHIVES[found].title}, not {ARCHIVES[wanted].title}: add --dataset {found}, or name other "
+        "data with --data_dir"
+    )
+
+
+def _official_folder(folder: Path, dataset: str) -> Path | None:
+    unpacked = folder / ARCHIVES[dataset].folder
+    if unpacked.is_dir():
+        return unpacked
+    return folder if all((folder / name).is_file() for name in OFFICIAL_FILES[dataset]) else None
+
+
+def _published_in(path: Path) -> str | None:
+    # A damaged archive must not pass for "none of them" by raising here: its name decides then.
     with contextlib.suppress(OSError, EOFError, tarfile.TarError), tarfile.open(path, "r:gz") as tar:
         first = tar.next()
-        return first is not None and PurePosixPath(first.name).parts[:1] == ("cifar-10-batches-py",)
-    return False
+        for dataset, spec in ARCHIVES.items():
+            if first is not None and PurePosixPath(first.name).parts[:1] == (spec.folder,):
+                return dataset
+    return None
 
 
-def read_cifar10(folder: Path, train: bool) -> Split:
-    """The official 50,000 training or 10,000 test images in the official order.
+def read_official(folder: Path, dataset: str, train: bool) -> Split:
+    """The official 50,000 training or 10,000 test images of 'cifar10' or 'cifar100' in the official order.
 
-    `folder` holds cifar-10-batches-py/ or is that folder. Raises UserError naming the first file that is missing or
-    whose MD5 sum is wrong; no pickle is opened before all sums are right.
+    CIFAR-100's labels are the fine ones, of 100 classes. `folder` holds the unpacked archive's folder or is it. Raises
+    UserError naming the first file that is missing or whose MD5 sum is wrong; no pickle is opened before all sums are
+    right.
     """
-    from torchvision.datasets import CIFAR10
+    from torchvision.datasets import CIFAR10, CIFAR100
     from torchvision.datasets.utils import check_integrity
 
-    batches = _batches_folder(folder)
-    if batches is None:
-        raise UserError(f"{folder} does not hold cifar-10-batches-py/; give the folder that does")
-    sums = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
+    files = _official_folder(folder, dataset)
+    if files is None:
+        raise UserError(f"{folder} does not hold {ARCHIVES[dataset].folder}/; give the folder that does")
+    reader = CIFAR100 if dataset == "cifar100" else CIFAR10
+    sums = [*reader.train_list, *reader.test_list, [reader.meta["filename"], reader.meta["md5"]]]
     for name, md5 in sums:
-        if not (batches / name).is_file():
-            raise UserError(f"{batches / name} is missing; delete {batches} and start again")
-        if not check_integrity(str(batches / name), md5):
-            raise UserError(
-                f"{batches / name} does not match its checksum (damaged?); delete {batches} and start again"
-            )
+        if not (files / name).is_file():
+            raise UserError(f"{files / name} is missing; delete {files} and start again")
+        if not check_integrity(str(files / name), md5):
+            raise UserError(f"{files / name} does not match its checksum (damaged?); delete {files} and start again")
 
-    class Batches(CIFAR10):  # type: ignore[misc]
+    class Renamed(reader):  # type: ignore[misc, valid-type]
         base_folder = ""  # the folder may have been renamed
 
-    data = Batches(str(batches), train=train, download=False)
+    data = Renamed(str(files), train=train, download=False)
     images = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
     return Split(torch.from_numpy(images), torch.tensor(data.targets, dtype=torch.int64), tuple(data.classes))
 
@@ -167,6 +195,11 @@ def read_prepared(file: Path, train: bool) -> Split:
     Listing 60,000 files takes 0.3 to 0.5 s. Raises OSError, ValueError and the like when the file went or is damaged.
     """
     return _read_cache(file, None, train)
+
+
+def prepared_classes(file: Path) -> tuple[str, ...]:
+    """The names of the K classes, from the cache file that `prepare_tree` just returned."""
+    return tuple(_read_header(file, None)["classes"])
 
 
 def cache_dir() -> Path:

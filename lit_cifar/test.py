@@ -31,8 +31,8 @@ def main(args: list[str]) -> None:
     trainer, model, data = command.trainer, command.model, command.datamodule
     data.prepare_data()
     data.setup("test")
+    model.check_fits(checkpoint, data.classes)
     model.set_classes(data.classes)
-    model.check_fits(checkpoint)
 
     test_started = time.perf_counter()
     trainer.test(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)

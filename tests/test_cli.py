@@ -12,8 +12,10 @@ import torch
 import yaml
 from conftest import ROOT, Run
 from lightning.pytorch.strategies import DDPStrategy
+from PIL import Image
 
 import lit_cifar.fit
+from lit_cifar import sources
 from lit_cifar.cli import CLI, SHORT_FLAGS
 from lit_cifar.errors import UserError
 
@@ -110,7 +112,7 @@ def test_help_takes_hardly_longer_than_importing_lightning(tmp_path: Path) -> No
         (["--lr", "fast"], ["--lr: expected float, got fast"]),
         (["--model.lr", "fast"], ["--model.lr: expected float, got fast"]),
         (["--batch_size=2.5"], ["--batch_size: expected int, got 2.5"]),
-        (["--dataset", "shape"], ["--dataset: expected cifar10, shapes, got shape", "did you mean shapes?"]),
+        (["--dataset", "shape"], ["--dataset: expected cifar10, cifar100, shapes, got shape", "did you mean shapes?"]),
         (["--trainer.max_epochs", "many"], ["--trainer.max_epochs: expected int, null, got many"]),
         (["--devices", "many", "--accelerator", "cpu", "--dataset", "shapes"], ["devices"]),
         (["--model.net", "lit_cifar.nets.Nett"], ["--model.net", "no attribute 'Nett'"]),
@@ -157,6 +159,76 @@ def test_errors_of_the_program_keep_their_traceback(run_command: Run) -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "AssertionError: a bug of ours" in done.stderr
+
+
+# ---- the number of classes ----
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A tree of images in three classes."""
+    for split in ("train", "test"):
+        for class_name in ("ant", "bee", "cow"):
+            folder = tmp_path / "tree" / split / class_name
+            folder.mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (32, 32), (index, 0, 0)).save(folder / f"{index}.png")
+    return tmp_path / "tree"
+
+
+class Required(torch.nn.Linear):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(3, num_classes)
+
+
+class Seven(Required):
+    def __init__(self, num_classes: int = 7) -> None:
+        super().__init__(num_classes)
+
+
+@pytest.mark.parametrize("net", ["lit_cifar.nets.Net", "test_cli.Required", "test_cli.Seven"])
+@pytest.mark.parametrize(
+    ("flags", "num_classes"),
+    [
+        ([], 10),
+        (["--dataset", "shapes"], 10),
+        (["--dataset", "cifar100"], 100),
+        (["--data_dir", "tree"], 3),
+        (["--data_dir", "tree", "--dataset", "cifar100"], 3),
+        (["--data_dir", "tree", "--model.net.num_classes", "5"], 5),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_the_net_has_as_many_outputs_as_the_data_has_classes(
+    net: str, flags: list[str], num_classes: int, tree: Path
+) -> None:
+    command = make_cli(["--model.net", net, *flags])
+    assert list(command.model.net.parameters())[-1].shape == (num_classes,)
+    for config in (command.plain_config, command.config):
+        assert config["model"]["net"]["init_args"]["num_classes"] == num_classes
+    assert not Path("data").exists(), "nothing is downloaded for it"
+
+
+def test_a_number_of_classes_found_is_as_good_as_one_typed(tree: Path) -> None:
+    found = make_cli(["--data_dir", "tree"]).model.net.state_dict()
+    typed = make_cli(["--data_dir", "tree", "--model.net.num_classes", "3"]).model.net.state_dict()
+    assert all(torch.equal(weight, typed[name]) for name, weight in found.items())
+
+
+def test_a_tree_is_listed_once_for_the_net_and_the_data(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = []
+    list_tree = sources._list_tree
+    monkeypatch.setattr(sources, "_list_tree", lambda path: listed.append(path) or list_tree(path))
+    data = make_cli(["--data_dir", "tree"]).datamodule
+    data.prepare_data()
+    data.setup("fit")
+    assert len(listed) == 1
+
+
+def test_printing_the_config_looks_at_no_data(capsys: pytest.CaptureFixture[str], tree: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load(print_config("--data_dir", "tree", "--dataset", "cifar100", capsys=capsys))
+    assert config["model"]["net"]["init_args"]["num_classes"] == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
 
 
 # ---- what suits the machine ----

@@ -1,6 +1,9 @@
 """The data module: which source a folder stands for, the validation split, and loaders that give uint8."""
 
+import hashlib
+import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_sources import write_official
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_cifar import download, sources
+from lit_cifar import sources
 from lit_cifar.augment import Augment
 from lit_cifar.data import CIFAR10DataModule, split_validation
+from lit_cifar.download import ARCHIVES, CIFAR10, CIFAR100, Archive
 from lit_cifar.errors import UserError
 from lit_cifar.loader import DeviceLoader
-from lit_cifar.sources import Split
+from lit_cifar.sources import Split, read_official
 
 
 def make_split(*per_class: int) -> Split:
@@ -157,7 +162,7 @@ def test_overfitting_takes_the_same_batches_in_each_epoch(
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What would have been downloaded."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(download, "fetch_cifar10", lambda *args: calls.append(args))
+    monkeypatch.setattr("lit_cifar.download.fetch_folder", lambda *args: calls.append(args))
     return calls
 
 
@@ -166,7 +171,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     [
         lambda folder: None,
         lambda folder: folder.mkdir(),
-        lambda folder: (folder.mkdir(), (folder / f"{download.ARCHIVE}.part").touch(), (folder / ".lock").touch()),
+        lambda folder: (folder.mkdir(), (folder / f".{CIFAR10.name}.part").touch(), (folder / ".lock").touch()),
     ],
     ids=["missing", "empty", "left by an interrupted download"],
 )
@@ -177,7 +182,8 @@ def test_a_folder_without_data_is_downloaded_into(
     fill(folder)
     CIFAR10DataModule(data_dir=str(folder)).prepare_data()
     CIFAR10DataModule(data_dir=str(folder), mirrors=["file:///mnt/mirror"]).prepare_data()
-    assert fetched == [(folder, download.MIRRORS), (folder, ["file:///mnt/mirror"])]
+    CIFAR10DataModule(data_dir=str(folder), dataset="cifar100").prepare_data()
+    assert fetched == [(folder, CIFAR10, None), (folder, CIFAR10, ["file:///mnt/mirror"]), (folder, CIFAR100, None)]
 
 
 def test_a_folder_with_other_things_is_left_alone_and_told_what_was_looked_for(
@@ -198,8 +204,58 @@ def test_the_default_folder_may_hold_other_things(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "notes.txt").touch()
-    CIFAR10DataModule().prepare_data()
-    assert [args[0] for args in fetched] == [Path("data")]
+    (tmp_path / "data" / CIFAR10.folder).mkdir()
+    CIFAR10DataModule(dataset="cifar100").prepare_data()
+    assert fetched == [(Path("data"), CIFAR100, None)]
+
+
+def unpacked(folder: Path, spec: Archive) -> None:
+    (folder / spec.folder).mkdir(parents=True)
+
+
+def packed(folder: Path, spec: Archive) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / spec.name).touch()
+
+
+@pytest.mark.parametrize("hold", [unpacked, packed])
+@pytest.mark.parametrize(("wanted", "held"), [("cifar100", "cifar10"), ("cifar10", "cifar100")])
+def test_a_folder_with_the_other_dataset_names_the_flag(
+    tmp_path: Path, wanted: str, held: str, hold: Callable[[Path, Archive], None], fetched: list[tuple[Any, ...]]
+) -> None:
+    folder = tmp_path / "here"
+    hold(folder, ARCHIVES[held])
+    data = CIFAR10DataModule(data_dir=str(folder), dataset=wanted)
+    titles = f"{ARCHIVES[held].title}, not {ARCHIVES[wanted].title}"
+    with pytest.raises(UserError, match=f"here holds {titles}: add --dataset {held}, or name other data"):
+        data.prepare_data()
+    assert not fetched
+    packed(folder, ARCHIVES[wanted])  # both may lie in one folder
+    data.prepare_data()
+    assert fetched == [(folder, ARCHIVES[wanted], None)]
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_an_official_archive_is_unpacked_into_the_cache_once(
+    tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_official(tmp_path / "official", dataset, monkeypatch)
+    archive = tmp_path / "given.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(files, files.name)
+    sha256, num_bytes = hashlib.sha256(archive.read_bytes()).hexdigest(), archive.stat().st_size
+    monkeypatch.setitem(ARCHIVES, dataset, replace(ARCHIVES[dataset], sha256=sha256, num_bytes=num_bytes))
+    for _ in range(2):
+        data = CIFAR10DataModule(data_dir=str(archive), dataset=dataset)
+        assert data.count_classes() == (10 if dataset == "cifar10" else 100)
+        data.prepare_data()
+        data.setup("test")
+        assert torch.equal(data.test.images, read_official(files, dataset, train=False).images)
+        monkeypatch.setattr("lit_cifar.download.unpack", lambda *_: pytest.fail("unpacked again"))
+    assert (sources.cache_dir() / dataset / files.name).is_dir()
+    other = "cifar10" if dataset == "cifar100" else "cifar100"
+    with pytest.raises(UserError, match=f"add --dataset {dataset}"):
+        CIFAR10DataModule(data_dir=str(archive), dataset=other).prepare_data()
 
 
 @pytest.fixture
@@ -248,3 +304,18 @@ def test_a_cache_damaged_after_it_was_prepared_is_decoded_again(tmp_path: Path, 
     cache_file.write_bytes(cache_file.read_bytes()[:2000])
     data.setup("test")
     assert torch.equal(data.test.images, torch.from_numpy(pixels[1].reshape(8, 32, 32, 3)).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_a_tree_decides_its_classes(tmp_path: Path, pixels: np.ndarray, dataset: str) -> None:
+    data = CIFAR10DataModule(data_dir=str(tmp_path / "tree"), dataset=dataset)
+    assert data.count_classes() == 2
+    data.setup("fit")
+    assert data.classes == ("ant", "bee")
+
+
+def test_classes_are_counted_without_a_download(tmp_path: Path, fetched: list[tuple[Any, ...]]) -> None:
+    for dataset, num_classes in (("cifar10", 10), ("cifar100", 100), ("shapes", 10)):
+        assert CIFAR10DataModule(data_dir=str(tmp_path / "none"), dataset=dataset).count_classes() == num_classes
+    assert not fetched
+    assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import filelock
 import pytest
 
 from lit_cifar import download
-from lit_cifar.download import Archive, Limits, fetch_archive, fetch_cifar10, unpack
+from lit_cifar.download import Archive, Limits, fetch_archive, fetch_folder, unpack
 from lit_cifar.errors import UserError
 
 LIMITS = Limits(
@@ -48,7 +49,7 @@ def _archive() -> bytes:
 DATA = _archive()
 HALF = len(DATA) // 2
 FLIPPED = DATA[:100] + bytes([DATA[100] ^ 1]) + DATA[101:]
-SPEC = Archive("SMALL", "small.tar.gz", len(DATA), hashlib.sha256(DATA).hexdigest(), "batches")
+SPEC = Archive("SMALL", "small.tar.gz", len(DATA), hashlib.sha256(DATA).hexdigest(), "batches", ())
 PART = f".{SPEC.name}.part"
 
 Reply = Callable[["Handler"], None]
@@ -169,7 +170,7 @@ def no_ranges(handler: Handler) -> None:
 def get(folder: Path, *mirrors: Mirror | str) -> Path:
     """Fetches, and checks what holds after every success."""
     addresses = [mirror if isinstance(mirror, str) else mirror.url for mirror in mirrors]
-    path = fetch_archive(folder, addresses, spec=SPEC, limits=LIMITS)
+    path = fetch_archive(folder, SPEC, addresses, limits=LIMITS)
     assert path == folder / SPEC.name
     assert path.read_bytes() == DATA
     assert not (folder / PART).exists()
@@ -247,7 +248,7 @@ def test_whole_but_wrong_part_of_an_earlier_run_is_replaced(serve: Serve, tmp_pa
 
 def test_whole_part_of_an_earlier_run_needs_no_mirror(tmp_path: Path) -> None:
     put_part(tmp_path, DATA)
-    fetch_archive(tmp_path, [], spec=SPEC)
+    fetch_archive(tmp_path, SPEC, [])
     assert (tmp_path / SPEC.name).read_bytes() == DATA
 
 
@@ -398,7 +399,7 @@ def test_good_archive_is_used_without_a_request(serve: Serve, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", [DATA[:HALF], FLIPPED], ids=["cut short", "flipped"])
-@pytest.mark.parametrize("function", [fetch_archive, fetch_cifar10])
+@pytest.mark.parametrize("function", [fetch_archive, fetch_folder])
 def test_bad_archive_is_named_and_left_alone(
     serve: Serve, tmp_path: Path, function: Callable[..., Path], content: bytes
 ) -> None:
@@ -406,7 +407,7 @@ def test_bad_archive_is_named_and_left_alone(
     path = tmp_path / SPEC.name
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        function(tmp_path, [mirror.url], spec=SPEC, limits=LIMITS)
+        function(tmp_path, SPEC, [mirror.url], limits=LIMITS)
     for words in (str(path), f"{len(content)} bytes", f"expected {len(DATA)}", "delete it and start again"):
         assert words in str(caught.value)
     assert path.read_bytes() == content
@@ -417,13 +418,13 @@ def test_bad_archive_is_named_and_left_alone(
 def test_folder_is_made_once_and_then_needs_nothing(serve: Serve, tmp_path: Path) -> None:
     mirror = serve(good)
     for _ in range(2):
-        folder = fetch_cifar10(tmp_path, [mirror.url], spec=SPEC, limits=LIMITS)
+        folder = fetch_folder(tmp_path, SPEC, [mirror.url], limits=LIMITS)
         assert folder == tmp_path / SPEC.folder
         assert {f"{SPEC.folder}/{path.name}": path.read_bytes() for path in folder.iterdir()} == FILES
         (tmp_path / SPEC.name).unlink(missing_ok=True)
         (tmp_path / f".{SPEC.name}.lock").unlink(missing_ok=True)
     assert mirror.starts == [0]
-    fetch_cifar10(tmp_path, [], spec=SPEC)
+    fetch_folder(tmp_path, SPEC, [])
     assert [path.name for path in tmp_path.iterdir()] == [SPEC.folder]  # the folder may be one that cannot be written
 
 
@@ -431,11 +432,11 @@ def test_unpack_verifies_first(tmp_path: Path) -> None:
     archive = tmp_path / "given.tar.gz"
     archive.write_bytes(FLIPPED)
     with pytest.raises(UserError, match=r"given\.tar\.gz is not the published archive"):
-        unpack(archive, tmp_path, spec=SPEC)
+        unpack(archive, tmp_path, SPEC)
     assert not (tmp_path / SPEC.folder).exists()
     archive.write_bytes(DATA)
-    assert unpack(archive, tmp_path, spec=SPEC) == tmp_path / SPEC.folder
-    assert unpack(archive, tmp_path, spec=SPEC) == tmp_path / SPEC.folder  # somebody was faster
+    assert unpack(archive, tmp_path, SPEC) == tmp_path / SPEC.folder
+    assert unpack(archive, tmp_path, SPEC) == tmp_path / SPEC.folder  # somebody was faster
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=type)
@@ -450,7 +451,7 @@ def test_interrupted_unpacking_leaves_nothing(
     archive.write_bytes(DATA)
     monkeypatch.setattr(tarfile.TarFile, "extractall", extract)
     with pytest.raises((UserError, KeyboardInterrupt)) as caught:
-        unpack(archive, tmp_path, spec=SPEC)
+        unpack(archive, tmp_path, SPEC)
     if isinstance(error, OSError):
         needed = int(re.findall(rf"no space left in {tmp_path}, which needs (\d+) bytes", str(caught.value))[0])
         assert needed >= 5 * 40_000
@@ -470,13 +471,13 @@ def test_interrupted_download_is_continued(
     with monkeypatch.context() as patch:
         patch.setattr(download, "_write", write)
         with pytest.raises((UserError, KeyboardInterrupt)) as caught:
-            fetch_cifar10(tmp_path, [mirror.url], spec=SPEC, limits=LIMITS)
+            fetch_folder(tmp_path, SPEC, [mirror.url], limits=LIMITS)
     if isinstance(error, OSError):
         assert f"no space left in {tmp_path}, which needs {len(DATA)} bytes" in str(caught.value)
     assert (tmp_path / PART).read_bytes() == DATA[:1000]
     assert not (tmp_path / SPEC.name).exists()
     assert not (tmp_path / SPEC.folder).exists()
-    fetch_cifar10(tmp_path, [mirror.url], spec=SPEC, limits=LIMITS)
+    fetch_folder(tmp_path, SPEC, [mirror.url], limits=LIMITS)
     assert mirror.starts == [0, 1000]
 
 
@@ -484,14 +485,14 @@ def test_file_in_place_of_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.touch()
     with pytest.raises(UserError, match=f"cannot work in {folder}: "):
-        fetch_cifar10(folder, [], spec=SPEC)
+        fetch_folder(folder, SPEC, [])
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere; Windows has no modes")
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match=f"cannot work in {tmp_path}: Permission denied"):
-        fetch_cifar10(tmp_path, [], spec=SPEC)
+        fetch_folder(tmp_path, SPEC, [])
     tmp_path.chmod(0o700)
 
 
@@ -502,7 +503,7 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
     with pytest.raises(UserError, match=f"{tmp_path}.* lock"):
-        fetch_cifar10(tmp_path, [], spec=SPEC)
+        fetch_folder(tmp_path, SPEC, [])
 
 
 def test_waiting_is_said_once_and_then_finds_it_ready(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -517,7 +518,7 @@ def test_waiting_is_said_once_and_then_finds_it_ready(tmp_path: Path, capsys: py
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait()
-    assert fetch_cifar10(tmp_path, [], spec=SPEC, limits=LIMITS) == tmp_path / SPEC.folder
+    assert fetch_folder(tmp_path, SPEC, [], limits=LIMITS) == tmp_path / SPEC.folder
     thread.join()
     assert capsys.readouterr().err.count("waiting for another process") == 1
 
@@ -525,8 +526,8 @@ def test_waiting_is_said_once_and_then_finds_it_ready(tmp_path: Path, capsys: py
 def start_process(folder: Path, mirror: Mirror) -> subprocess.Popen[str]:
     code = f"""
 from pathlib import Path
-from lit_cifar.download import Archive, Limits, fetch_cifar10
-print(fetch_cifar10(Path({str(folder)!r}), [{mirror.url!r}], spec={SPEC!r}))
+from lit_cifar.download import Archive, Limits, fetch_folder
+print(fetch_folder(Path({str(folder)!r}), {SPEC!r}, [{mirror.url!r}]))
 """
     root = Path(download.__file__).parents[1]
     return subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
@@ -564,7 +565,7 @@ def test_no_network_names_three_ways_out(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     host = closed_port()
     with pytest.raises(UserError) as caught:
-        fetch_cifar10(tmp_path, [f"http://{closed_port()}/a", f"http://name:secret@{host}/a"], spec=SPEC)
+        fetch_folder(tmp_path, SPEC, [f"http://{closed_port()}/a", f"http://name:secret@{host}/a"])
     assert str(caught.value) == (
         f"SMALL is not in {tmp_path} and no mirror could be reached (last: {host}: Connection refused); "
         f"put small.tar.gz into {tmp_path}, or name your data with --data_dir, or try `make demo` "
@@ -572,7 +573,8 @@ def test_no_network_names_three_ways_out(tmp_path: Path, monkeypatch: pytest.Mon
     )
 
 
-def test_resolver_that_hangs_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spec", download.ARCHIVES.values(), ids=lambda spec: spec.title)
+def test_resolver_that_hangs_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: Archive) -> None:
     released = threading.Event()
 
     def hang_resolver(*args: object, **kwargs: object) -> None:
@@ -583,11 +585,11 @@ def test_resolver_that_hangs_is_bounded(tmp_path: Path, monkeypatch: pytest.Monk
     limits = Limits(connect_seconds=0.2)
     started_at = time.monotonic()
     with pytest.raises(UserError, match=r"no mirror could be reached \(last: www\.cs\.toronto\.edu: no answer in 0"):
-        fetch_archive(tmp_path, spec=SPEC, limits=limits)
+        fetch_archive(tmp_path, replace(SPEC, mirrors=spec.mirrors), limits=limits)
     seconds = time.monotonic() - started_at
     released.set()
-    assert seconds < 0.2 * (len(download.MIRRORS) + 0.5) + 1
-    assert Limits().connect_seconds * (len(download.MIRRORS) + 0.5) < 28  # of the 30 s that the defaults promise
+    assert seconds < 0.2 * (len(spec.mirrors) + 0.5) + 1
+    assert Limits().connect_seconds * (len(spec.mirrors) + 0.5) < 28  # of the 30 s that the defaults promise
 
 
 def test_all_busy_is_not_called_unreachable(serve: Serve, tmp_path: Path) -> None:
@@ -627,9 +629,22 @@ def test_bar_where_stderr_is_a_terminal(serve: Serve, tmp_path: Path, monkeypatc
     assert f"\rSMALL from {mirror.host}: 100%" in terminal.getvalue()
 
 
-def test_cifar10_is_the_published_archive() -> None:
-    assert download.CIFAR10.num_bytes == 170_498_071
-    assert len(download.CIFAR10.sha256) == 64
-    assert len(download.MIRRORS) == 6
-    assert "cs.toronto.edu" in download.MIRRORS[-1]
-    assert all(mirror.startswith("https://") and download.ARCHIVE in mirror for mirror in download.MIRRORS)
+def test_an_archives_own_mirrors_are_asked_where_none_are_named(serve: Serve, tmp_path: Path) -> None:
+    own, named = serve(good), serve(good)
+    spec = replace(SPEC, mirrors=(own.url,))
+    fetch_archive(tmp_path / "a", spec, [named.url], limits=LIMITS)
+    assert (own.starts, named.starts) == ([], [0])
+    fetch_folder(tmp_path / "b", spec, limits=LIMITS)
+    assert (own.starts, named.starts) == ([0], [0])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "num_bytes", "title"), [("cifar10", 170_498_071, "CIFAR-10"), ("cifar100", 169_001_437, "CIFAR-100")]
+)
+def test_the_published_archives(dataset: str, num_bytes: int, title: str) -> None:
+    spec = download.ARCHIVES[dataset]
+    assert (spec.num_bytes, spec.title) == (num_bytes, title)
+    assert len(spec.sha256) == 64
+    assert len(set(spec.mirrors)) == len(spec.mirrors) >= 5
+    assert "cs.toronto.edu" in spec.mirrors[-1]
+    assert all(mirror.startswith("https://") and f"/{spec.name}" in mirror for mirror in spec.mirrors)

@@ -11,8 +11,10 @@ import yaml
 from conftest import JPEG, ROOT, Run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from test_sources import write_official
 
 import lit_cifar.fit
 import lit_cifar.test
@@ -242,6 +244,40 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkp
     assert 0 < kept["global_step"] < step
     assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
     assert not Path("lightning_logs/version_0/results.json").exists()
+
+
+def test_cifar100_trains_tests_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_official(tmp_path / "data", "cifar100", monkeypatch)
+    lit_cifar.fit.main(["--dataset", "cifar100", "--accelerator", "cpu"])
+    assert "\nclass_99 " in capsys.readouterr().out
+    report = results("version_0")
+    assert (report["dataset"], report["num_train"], report["num_test"]) == ("cifar100", 10, 10)
+    assert list(report["per_class_accuracy"]) == [f"class_{label}" for label in range(100)]
+    config = yaml.safe_load(Path("lightning_logs/version_0/config.yaml").read_text())
+    assert config["model"]["net"]["init_args"]["num_classes"] == 100
+    lit_cifar.test.main(["--ckpt_path", "lightning_logs/version_0/checkpoints/last.ckpt"])
+    again = json.loads(Path("lightning_logs/version_0/test-last.json").read_text())
+    assert (again["dataset"], again["confusion_matrix"]) == ("cifar100", report["confusion_matrix"])
+    lit_cifar.fit.main(["--resume", "auto", "--max_epochs", "3"])
+    assert results("version_0")["num_steps"] == 9
+
+
+def test_a_checkpoint_on_data_with_other_classes_names_both() -> None:
+    lit_cifar.fit.main([*SHORT, "--batch_size", "2", "--trainer.max_steps", "1"])
+    before = sorted(Path("lightning_logs").rglob("*"))
+    for split in ("train", "test"):
+        for class_name in ("ant", "bee"):
+            folder = Path("tree") / split / class_name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(folder / "0.png")
+    checkpoint = "lightning_logs/version_0/checkpoints/last.ckpt"
+    tree = ["--dataset", "cifar10", "--data_dir", "tree"]
+    for main, args in ((lit_cifar.test.main, ["--ckpt_path", checkpoint]), (lit_cifar.fit.main, ["--resume", "auto"])):
+        with pytest.raises(UserError, match=r"checkpoint's classes \(bar, .*\) are not the data's \(ant, bee\)"):
+            main([*args, *tree])
+    assert sorted(Path("lightning_logs").rglob("*")) == before
 
 
 def test_the_tutorials_recipe_is_what_no_arguments_give(capsys: pytest.CaptureFixture[str]) -> None:

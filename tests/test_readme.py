@@ -1,11 +1,17 @@
-"""README, docs and recipes do what they say: every command in them parses, every recipe trains."""
+"""README, docs and recipes do what they say: every command in them parses or runs, every recipe trains."""
 
 import re
 import shlex
+import sys
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Run
+from PIL import Image
+from test_sources import write_official
 
 import lit_cifar.bench
 import lit_cifar.fit
@@ -15,17 +21,17 @@ import lit_cifar.test
 from lit_cifar.cli import SHORT_FLAGS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = [ROOT / "docs/your-own-data.md", ROOT / "docs/your-own-net.md"]  # their commands are run, in their order
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 SPACES = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
-COMMANDS = sorted(
-    {
-        (match[1], re.sub(r"\s+#.*", "", match[2]).strip())
-        for document in DOCUMENTS
-        for match in re.finditer(
-            r"python -m lit_cifar\.(fit|test|bench|runs|sweep)(?=[\s`])([^`\n]*)", document.read_text()
-        )
-    }
-)
+
+
+def commands(document: Path) -> list[tuple[str, str]]:
+    found = re.finditer(r"python -m lit_cifar\.(fit|test|bench|runs|sweep)(?=[\s`])([^`\n]*)", document.read_text())
+    return [(match[1], re.sub(r"\s+#.*", "", match[2]).strip()) for match in found]
+
+
+COMMANDS = sorted({command for document in DOCUMENTS if document not in RUN for command in commands(document)})
 
 
 def test_readme_tells_the_two_commands_that_ci_runs() -> None:
@@ -62,6 +68,73 @@ def test_every_command_of_the_documents_parses(module: str, args: str) -> None:
     assert done.value.code == 0
 
 
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def flowers(tmp_path: Path) -> np.ndarray:
+    """Training images (3 classes, 4 images, 32, 32, 3) uint8 of a tree `flowers`, which lies in an archive too."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 32, 32, 3), dtype=np.uint8)
+    for class_name, of_class in zip(("daisy", "rose", "tulip"), images, strict=True):
+        for split in ("train", "test"):
+            folder = tmp_path / "flowers" / split / class_name
+            folder.mkdir(parents=True)
+            for index, image in enumerate(of_class):
+                Image.fromarray(image).save(folder / f"{index}.png")
+    with tarfile.open("flowers.tar.gz", "w:gz") as tar:
+        tar.add("flowers")
+    return images
+
+
+@pytest.fixture
+def my_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The document's own files, in the working folder, which `python -m` puts first on Python's path."""
+    (python,) = blocks(ROOT / "docs/your-own-net.md", "python")
+    (tmp_path / "my_net.py").write_text(python)
+    (groups,) = blocks(ROOT / "docs/your-own-net.md", "yaml")
+    (tmp_path / "groups.yaml").write_text(groups)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("my_net", None)
+
+
+@pytest.mark.parametrize("document", RUN, ids=lambda path: path.stem)
+def test_the_commands_of_a_document_run_in_turn(
+    document: Path, tmp_path: Path, flowers: np.ndarray, my_net: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("configs").symlink_to(ROOT / "configs")
+    write_official(tmp_path / "data", "cifar100", monkeypatch)
+    monkeypatch.setattr("lit_cifar.download.fetch_folder", lambda *_: pytest.fail("would download"))
+    main = {"fit": lit_cifar.fit.main, "test": lit_cifar.test.main}
+    for module, args in commands(document):
+        monkeypatch.delenv("LIT_CIFAR_RESUME", raising=False)
+        typed = shlex.split(args)
+        if "--dataset" not in typed and "--data_dir" not in typed and module == "fit" and "--resume" not in typed:
+            typed += ["--data_dir", "flowers"]  # where the document means CIFAR-10
+        if {"--devices", "--compile", "configs/resnet18.yaml"} & set(typed):  # for long
+            with pytest.raises(SystemExit):
+                lit_cifar.fit.main([*typed, "--print_config"])
+        else:
+            main[module]([*typed, "--accelerator", "cpu", *(["--data.num_workers", "0"] if module == "fit" else [])])
+
+
+def test_python_finds_a_net_in_the_working_folder(flowers: np.ndarray, my_net: None, run_command: Run) -> None:
+    args = ["--model.net", "my_net.MyNet", "--data_dir", "flowers", "--accelerator", "cpu"]
+    done = run_command("lit_cifar.fit", *args)
+    assert done.returncode == 0, done.stderr
+    assert "output (4, 3), global batch 4" in done.stdout
+
+
+def test_mean_and_std_as_the_document_computes_them(flowers: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+    (python,) = blocks(ROOT / "docs/your-own-data.md", "python")
+    exec(python, {})
+    mean, std = (np.array(part.split(","), float) for part in re.findall(r"\[(.*?)\]", capsys.readouterr().out))
+    pixels = flowers.reshape(-1, 3) / 255
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(std, pixels.std(0), rtol=1e-3)
+
+
 def test_flags_that_documents_name_exist(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         lit_cifar.fit.main(["--help"])
@@ -69,7 +142,7 @@ def test_flags_that_documents_name_exist(capsys: pytest.CaptureFixture[str]) -> 
     known |= {f"--{flag}" for flag in lit_cifar.bench.OWN_FLAGS}
     known |= {"--nodes", "--ntasks", "--signal"}  # Slurm's
     known |= {"--study", "--trials", "--storage", "--sort", "--json"}
-    known |= {"--ckpt_path", "--logdir", "--print_config", "--model.net.num_classes"}
+    known |= {"--ckpt_path", "--logdir", "--print_config", "--model.net.num_classes", "--model.net.width"}
     for document in DOCUMENTS:
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w.]+", document.read_text()))
         assert flags <= known, (document.name, flags - known)

@@ -19,11 +19,12 @@ import torch
 from conftest import JPEG
 from filelock import FileLock
 from PIL import Image
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from lit_cifar import sources
+from lit_cifar.download import ARCHIVES
 from lit_cifar.errors import UserError
-from lit_cifar.sources import Split, find_source, prepare_tree, read_cifar10, read_tree
+from lit_cifar.sources import Split, find_source, prepare_tree, prepared_classes, read_official, read_tree
 
 NAMES = {"train": ("a10.png", "a2.png", "B.PNG"), "test": ("0.png", "1.png")}  # not in sorted order
 
@@ -128,103 +129,149 @@ def test_split_refuses_what_does_not_fit(images: torch.Tensor, labels: torch.Ten
 # ---- find_source ----
 
 
-def test_find_source_tells_the_kinds_apart(tmp_path: Path, tree: Path) -> None:
-    assert find_source(tree) == "tree"
-    assert find_source(tmp_path / "missing") == "nothing"
+@pytest.mark.parametrize("dataset", ARCHIVES)
+def test_find_source_tells_the_kinds_apart(tmp_path: Path, tree: Path, dataset: str) -> None:
+    assert find_source(tree, dataset) == "tree"
+    assert find_source(tmp_path / "missing", dataset) == "nothing"
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert find_source(empty) == "nothing"
+    assert find_source(empty, dataset) == "nothing"
     for suffix in sources.ARCHIVE_SUFFIXES:
-        assert find_source(pack(tree, tmp_path / f"a{suffix}")) == "archive"
-    batches = tmp_path / "official" / "cifar-10-batches-py"
-    batches.mkdir(parents=True)
-    (batches / "data_batch_1").write_bytes(b"")
-    assert find_source(tmp_path / "official") == find_source(batches) == "cifar10"
-    official = pack(tmp_path / "official", empty / "cifar-10-python.tar.gz")
-    assert find_source(official) == "cifar10-archive"
-    assert find_source(empty) == "nothing"  # the downloader picks the archive up
+        assert find_source(pack(tree, tmp_path / f"a{suffix}"), dataset) == "archive"
+    spec = ARCHIVES[dataset]
+    files = tmp_path / "official" / spec.folder
+    files.mkdir(parents=True)
+    for name in sources.OFFICIAL_FILES[dataset]:
+        (files / name).write_bytes(b"")
+    assert find_source(tmp_path / "official", dataset) == find_source(files, dataset) == "official"
+    official = pack(tmp_path / "official", empty / spec.name)
+    assert find_source(official, dataset) == "official-archive"
+    assert find_source(empty, dataset) == "nothing"  # the downloader picks the archive up
     official.rename(empty / "renamed")
-    assert find_source(empty / "renamed") == "cifar10-archive"
+    assert find_source(empty / "renamed", dataset) == "official-archive"
+
+    other = "cifar10" if dataset == "cifar100" else "cifar100"
+    for folder in (tmp_path / "official", files):
+        assert find_source(folder, other) == "nothing"
+        assert sources.find_dataset(folder) == dataset
+    assert f"renamed holds {spec.title}, not {ARCHIVES[other].title}: add --dataset {dataset}" in error_of(
+        lambda: find_source(empty / "renamed", other)
+    )
+    assert sources.find_dataset(tree) is None
+    (empty / "train").touch()  # a script, say
+    assert sources.find_dataset(empty) is None
 
 
 @pytest.mark.parametrize(("present", "missing"), [("train", "test"), ("test", "train")])
 def test_half_a_tree_is_an_error_that_names_the_other_half(tmp_path: Path, present: str, missing: str) -> None:
     (tmp_path / present).mkdir()
-    assert f"no {missing}/" in error_of(lambda: find_source(tmp_path))
+    assert f"no {missing}/" in error_of(lambda: find_source(tmp_path, "cifar10"))
 
 
 def test_no_archive_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "data.rar").write_bytes(b"Rar!")
-    assert ".tar.xz, .zip" in error_of(lambda: find_source(tmp_path / "data.rar"))
-    assert "there is no archive" in error_of(lambda: find_source(tmp_path / "data.zip"))
+    assert ".tar.xz, .zip" in error_of(lambda: find_source(tmp_path / "data.rar", "cifar10"))
+    message = error_of(lambda: find_source(tmp_path / "data.zip", "cifar100"))
+    assert "there is no archive" in message
+    assert "to download CIFAR-100 into" in message
 
 
-# ---- CIFAR-10's own files ----
+# ---- the official files ----
 
 
-@pytest.fixture
-def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Ten images a batch in the official layout, pickled as in 2009, with the sums to match."""
+class OldDtype:
+    def __reduce__(self) -> tuple[object, ...]:
+        return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
 
-    class OldDtype:
-        def __reduce__(self) -> tuple[object, ...]:
-            return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
 
-    class OldArray:
-        def __init__(self, array: np.ndarray) -> None:
-            self.array = array
+class OldArray:
+    """Pickled as in 2009."""
 
-        def __reduce__(self) -> tuple[object, ...]:
-            reduced = self.array.__reduce__()
-            return reduced[0], reduced[1], (1, self.array.shape, OldDtype(), False, self.array.tobytes())
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
 
-    batches = tmp_path / "official" / "cifar-10-batches-py"
-    batches.mkdir(parents=True)
+    def __reduce__(self) -> tuple[object, ...]:
+        reduced = self.array.__reduce__()
+        return reduced[0], reduced[1], (1, self.array.shape, OldDtype(), False, self.array.tobytes())
+
+
+def write_official(folder: Path, dataset: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ten images a file in the dataset's official layout, and torchvision told the sums to match."""
+    reader = CIFAR100 if dataset == "cifar100" else CIFAR10
+    files = folder / ARCHIVES[dataset].folder
+    files.mkdir(parents=True)
 
     def write(name: str, content: object) -> list[str]:
         data = pickle.dumps(content, protocol=2)
-        (batches / name).write_bytes(data)
+        (files / name).write_bytes(data)
         return [name, hashlib.md5(data).hexdigest()]
 
     def batch(name: str) -> list[str]:
-        data = np.stack([pixels(name, str(i)).transpose(2, 0, 1).ravel() for i in range(10)])
-        return write(name, {"data": OldArray(data), "labels": [(i * 7 + 3) % 10 for i in range(10)]})
+        data = OldArray(np.stack([pixels(name, str(i)).transpose(2, 0, 1).ravel() for i in range(10)]))
+        if dataset == "cifar10":
+            return write(name, {"data": data, "labels": LABELS[dataset]})
+        return write(name, {"data": data, "fine_labels": LABELS[dataset], "coarse_labels": [i % 3 for i in range(10)]})
 
-    monkeypatch.setattr(CIFAR10, "train_list", [batch(f"data_batch_{i}") for i in range(1, 6)])
-    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch")])
-    meta = write("batches.meta", {"label_names": [f"class {i}" for i in range(10)]})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
-    return batches
+    names = [f"class_{i}" for i in range(max(LABELS[dataset]) + 1)]
+    content = {"label_names": names} if dataset == "cifar10" else {"fine_label_names": names, "coarse_label_names": []}
+    for attribute in ("train_list", "test_list"):
+        monkeypatch.setattr(reader, attribute, [batch(name) for name, _ in getattr(reader, attribute)])
+    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": write(reader.meta["filename"], content)[1]})
+    return files
 
 
-def test_official_files_give_their_pixels_in_their_order(official: Path) -> None:
+LABELS = {"cifar10": [(i * 7 + 3) % 10 for i in range(10)], "cifar100": [99 - 11 * i for i in range(10)]}
+
+
+@pytest.mark.parametrize("dataset", ARCHIVES)
+def test_official_files_give_their_pixels_in_their_order(
+    tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    official = write_official(tmp_path / "official", dataset, monkeypatch)
     renamed = official.rename(official.parent / "renamed")
-    for train, names in ((True, [f"data_batch_{i}" for i in range(1, 6)]), (False, ["test_batch"])):
-        split = read_cifar10(renamed, train)
+    train_names = [f"data_batch_{i}" for i in range(1, 6)] if dataset == "cifar10" else ["train"]
+    for train, names in ((True, train_names), (False, ["test_batch" if dataset == "cifar10" else "test"])):
+        split = read_official(renamed, dataset, train)
         wanted = np.stack([pixels(name, str(i)).transpose(2, 0, 1) for name in names for i in range(10)])
         assert torch.equal(split.images, torch.from_numpy(wanted))
-        assert split.labels.tolist() == [(i * 7 + 3) % 10 for i in range(10)] * len(names)
-        assert split.classes == tuple(f"class {i}" for i in range(10))
+        assert split.labels.tolist() == LABELS[dataset] * len(names)
+        assert split.classes == tuple(f"class_{i}" for i in range(10 if dataset == "cifar10" else 100))
     renamed.rename(official)
-    assert torch.equal(read_cifar10(official.parent, False).images, split.images)
+    assert torch.equal(read_official(official.parent, dataset, False).images, split.images)
 
 
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        *(("cifar10", name) for name in ("data_batch_3", "test_batch", "batches.meta")),
+        *(("cifar100", name) for name in ("train", "test", "meta")),
+    ],
+)
 def test_a_flipped_byte_is_named_before_any_pickle_is_opened(
-    official: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    official = write_official(tmp_path / "official", dataset, monkeypatch)
     data = bytearray((official / name).read_bytes())
     data[len(data) // 2] ^= 1
     (official / name).write_bytes(data)
     monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("opened a pickle"))
-    message = error_of(lambda: read_cifar10(official.parent, True))
+    message = error_of(lambda: read_official(official.parent, dataset, True))
     assert message == (f"{official / name} does not match its checksum (damaged?); delete {official} and start again")
     (official / name).unlink()
-    assert f"{official / name} is missing" in error_of(lambda: read_cifar10(official.parent, True))
+    assert f"{official / name} is missing" in error_of(lambda: read_official(official.parent, dataset, True))
 
 
-def test_a_folder_without_batches_is_an_error(tmp_path: Path) -> None:
-    assert "cifar-10-batches-py" in error_of(lambda: read_cifar10(tmp_path, True))
+@pytest.mark.parametrize("dataset", ARCHIVES)
+def test_a_folder_without_official_files_is_an_error(tmp_path: Path, dataset: str) -> None:
+    assert ARCHIVES[dataset].folder in error_of(lambda: read_official(tmp_path, dataset, True))
+
+
+def test_both_datasets_in_one_folder_and_the_name_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for dataset in ARCHIVES:
+        write_official(tmp_path / "data", dataset, monkeypatch)
+    for dataset, num_classes in (("cifar10", 10), ("cifar100", 100)):
+        assert find_source(tmp_path / "data", dataset) == "official"
+        assert len(read_official(tmp_path / "data", dataset, False).classes) == num_classes
 
 
 # ---- trees and archives ----
@@ -232,6 +279,7 @@ def test_a_folder_without_batches_is_an_error(tmp_path: Path) -> None:
 
 def test_a_tree_gives_its_pixels_in_sorted_order(tree: Path) -> None:
     check(tree)
+    assert prepared_classes(prepare_tree(tree)) == ("ant", "zebra")
 
 
 @pytest.mark.parametrize("prefix", ["", "./", "my data/v1/", "train/"])
