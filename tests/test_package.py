@@ -19,8 +19,9 @@ LAYERS = [
     {"report"},
     {"data", "module"},
     {"checkpoint", "callbacks", "loop"},
+    {"classifier"},
     {"cli"},
-    {"fit", "test"},
+    {"fit", "test", "predict", "export"},
     {"bench"},  # measures fit
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
