@@ -491,10 +491,12 @@ def in_order(encoded: Iterable[tuple[T, bytes]], decode: Callable[[T, bytes], R]
     pending: deque[tuple[T, Callable[[], R]]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for key, data in encoded:
-            if len(data) < THREADED_BYTES:
+            if len(data) >= THREADED_BYTES:
+                pending.append((key, pool.submit(decode, key, data).result))
+            elif pending:
                 pending.append((key, functools.partial(decode, key, data)))
             else:
-                pending.append((key, pool.submit(decode, key, data).result))
+                yield key, decode(key, data)
             if len(pending) > 2 * num_threads:  # so that memory holds few encoded images, however many there are
                 first, result = pending.popleft()
                 yield first, result()
