@@ -141,9 +141,8 @@ class NetParser(argparse.ArgumentParser):
         self.add_argument("--tta", choices=get_args(TTA), help="test-time augmentation in place of the run's")
         self.add_argument(
             "--trust",
-            type={"true": True, "false": False}.__getitem__,
-            metavar="true|false",
-            default=False,
+            choices=("true", "false"),
+            default="false",
             help="true: make classes that the checkpoint names, of any package",
         )
 

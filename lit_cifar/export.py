@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,7 +65,7 @@ def main(args: list[str]) -> None:
         except ImportError:
             raise UserError(f"{output.suffix} needs {package}: pip install 'lit_cifar[export]'") from None
 
-    net, classes = load(options.ckpt_path, options.tta, options.trust)
+    net, classes = load(options.ckpt_path, options.tta, options.trust == "true")
     config = read_checkpoint(Path(options.ckpt_path))["lit_cifar"]["config"]
     images, name = _test_images(config["data"], options.data_dir, options.dataset)
     settings = {"classes": list(classes), "tta": net.tta, "config": config, "lit_cifar": lit_cifar.__version__}
@@ -91,9 +90,7 @@ def main(args: list[str]) -> None:
     except OSError as error:
         raise UserError(f"--output {output} cannot be written ({error.strerror}): choose another place") from error
     print(f"Compared {told}")
-    print(
-        f"Exported: {output} ({len(data):,} bytes), images uint8 (batch, 3, 32, 32) to logits (batch, {len(classes)})"
-    )
+    print(f"Exported {output}: images uint8 (batch, 3, 32, 32) to logits (batch, {len(classes)}), {len(data):,} bytes")
 
 
 def compare(predict: Predict, net: Classifier, images: Tensor) -> tuple[int, float]:
@@ -103,7 +100,7 @@ def compare(predict: Predict, net: Classifier, images: Tensor) -> tuple[int, flo
         for batch in images.split(NUM_COMPARED):
             ours, theirs = net(batch), predict(batch)
             num_same += int((ours.argmax(1) == theirs.argmax(1)).sum())
-            difference = float(np.fmax(difference, (ours - theirs).abs().max().nan_to_num(torch.inf)))
+            difference = max(difference, float((ours - theirs).abs().max().nan_to_num(torch.inf)))
     return num_same, difference
 
 

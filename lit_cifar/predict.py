@@ -47,7 +47,7 @@ def main(args: list[str]) -> None:
         if getattr(options, flag) < 1:
             raise UserError(f"--{flag} {getattr(options, flag)} must be at least 1")
     device = _device(options.accelerator)
-    net, classes = load(options.ckpt_path, options.tta, options.trust)
+    net, classes = load(options.ckpt_path, options.tta, options.trust == "true")
     net.to(device)
     images = [image for path in options.paths for image in _find(path)]
     if not images:
