@@ -21,7 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 from lit_cifar import pictures
 from lit_cifar.errors import DivergedError, UserError
 from lit_cifar.loader import DeviceLoader, TrainBatches
-from lit_cifar.module import LitClassifier, normalise
+from lit_cifar.module import Classifier, LitClassifier
 from lit_cifar.report import commit, peak_memory, versions
 
 NUM_TRAINING_IMAGES = 32  # in the picture of what the net is given
@@ -244,7 +244,9 @@ class Dashboard(Callback):
         try:
             with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the tracer, about branches it cannot see
-                writer.add_graph(_Untraced(pl_module), pl_module.example_input_array)
+                # torch's tracer would walk from LitClassifier into the Trainer
+                classifier = Classifier(pl_module.net, pl_module.mean, pl_module.std)
+                writer.add_graph(classifier, pl_module.example_input_array)
         except Exception as error:  # a net that cannot be traced trains all the same
             write(trainer, f"TensorBoard has no graph of this net: {str(error).splitlines()[0]}")
         pl_module.net.train(training)
@@ -330,19 +332,6 @@ def charts(stages: Sequence[str], classes: Sequence[str]) -> dict[str, dict[str,
         "loss": {"training and validation loss": ["Multiline", ["^train/loss$", "^val/loss$"]]},
         "learning rates": {"learning rate of each parameter group": ["Multiline", ["^lr/.+$"]]},
     }
-
-
-class _Untraced(torch.nn.Module):
-    """The net behind LitClassifier's forward, without the Trainer, which torch's tracer would walk into."""
-
-    def __init__(self, pl_module: LitClassifier) -> None:
-        super().__init__()
-        self.net = pl_module.net
-        self.mean, self.std = pl_module.mean, pl_module.std
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net(normalise(images, self.mean, self.std))
-        return logits
 
 
 def hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | str]:

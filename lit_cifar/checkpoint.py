@@ -25,6 +25,9 @@ from lit_cifar.folders import RUNS, run_version
 
 STOP_SIGNALS = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))  # Windows has no SIGUSR1
 STOPPED = 75  # exit code of a run that a signal ended and that can be resumed; EX_TEMPFAIL of sysexits.h
+TRUSTED = ("lit_cifar.", "torchvision.", "torch.nn.")  # a checkpoint's config may name classes from these by itself
+IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+TEXTS = ("data_dir", "default_root_dir", "mirrors", "name", "pattern")  # settings whose dots mean something else
 
 
 class RunLogger(TensorBoardLogger):
@@ -372,3 +375,40 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not {"state_dict", "lit_cifar"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of lit_cifar; name one from lightning_logs/*/checkpoints")
     return checkpoint
+
+
+def checkpoint_config(checkpoint: dict[str, Any], trust: bool) -> dict[str, Any]:
+    """The config that a checkpoint travels with, empty in one that no command wrote.
+
+    Raises:
+        UserError: see `check_trusted`.
+    """
+    config: dict[str, Any] = checkpoint["lit_cifar"].get("config") or {}
+    if not trust:
+        check_trusted(config)
+    return config
+
+
+def check_trusted(config: Any) -> None:
+    """Checks that a checkpoint's config, or a part of it, names only classes that may be made without asking.
+
+    Raises:
+        UserError: it names one from another package; making that may run code of whoever wrote the file.
+    """
+    for class_path in _class_paths(config):
+        if not class_path.startswith(TRUSTED):
+            raise UserError(
+                f"the checkpoint names the class {class_path}, which runs code of that package: "
+                "add --trust true (in Python: trust=True) if you trust the file"
+            )
+
+
+def _class_paths(value: Any, key: str = "") -> list[str]:
+    """Everything in a config that jsonargparse would import: not only after class_path, it takes a bare string too."""
+    if isinstance(value, dict):
+        return [path for key, inner in value.items() for path in _class_paths(inner, key)]
+    if isinstance(value, list):
+        return [path for inner in value for path in _class_paths(inner, key)]
+    if isinstance(value, str) and (key == "class_path" or (IMPORTABLE.fullmatch(value) and key not in TEXTS)):
+        return [value]
+    return []

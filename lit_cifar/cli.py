@@ -1,5 +1,7 @@
-"""The one LightningCLI: short flags, defaults, errors to exit codes. What a command does is in its own module."""
+"""The one LightningCLI: short flags, defaults, errors to exit codes; a small parser for commands that only use a net.
+What a command does is in its own module."""
 
+import argparse
 import contextlib
 import ctypes
 import inspect
@@ -10,10 +12,9 @@ import re
 import shlex
 import sys
 import warnings
-from argparse import Action
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 import yaml
@@ -30,7 +31,7 @@ from lit_cifar.checkpoint import STOPPED, Checkpoints, DurableCheckpointIO, RunL
 from lit_cifar.data import CIFAR10DataModule
 from lit_cifar.errors import UserError
 from lit_cifar.folders import run_version
-from lit_cifar.module import LitClassifier
+from lit_cifar.module import TTA, LitClassifier
 from lit_cifar.text import nearest
 
 # short flag: (dotted twin, help)
@@ -74,7 +75,6 @@ OWN_FLAGS = (
     "storage",
 )  # what to do this once; no part of the config
 DEFAULT_NET, DEFAULT_NUM_CLASSES = "lit_cifar.nets.Net", 10
-TRUSTED = ("lit_cifar.", "torchvision.", "torch.nn.")  # a checkpoint's config may name classes from these by itself
 
 
 class Parser(LightningArgumentParser):
@@ -94,10 +94,10 @@ class Parser(LightningArgumentParser):
             self._option_string_actions[f"--{short}"] = action
             action.help = text
 
-    def _find(self, dest: str) -> Action:
+    def _find(self, dest: str) -> argparse.Action:
         return next(action for action in self._actions if action.dest == dest)
 
-    def option(self, key: str) -> Action | None:
+    def option(self, key: str) -> argparse.Action | None:
         """The option that a key means, dotted or short; None when there is none of this name."""
         return self._option_string_actions.get(f"--{key}")
 
@@ -149,6 +149,27 @@ class Parser(LightningArgumentParser):
         """The spelling of an option in this command line, or else its first."""
         spellings = next((action.option_strings for action in self._actions if action.dest == dotted), [f"--{dotted}"])
         return next((flag for flag in spellings if value_of(flag[2:], self.typed) is not None), spellings[-1])
+
+
+class NetParser(argparse.ArgumentParser):
+    """The parser of a command that uses a trained net, with the flags that say which; errors as UserError."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self.add_argument("--ckpt_path", metavar="FILE", required=True, help="the checkpoint with the net")
+        self.add_argument("--tta", choices=get_args(TTA), help="test-time augmentation in place of the run's")
+        self.add_argument(
+            "--trust",
+            choices=("true", "false"),
+            default="false",
+            help="true: make classes that the checkpoint names, of any package",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"unrecognized arguments: (-\S+)", message):
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            message = f"unknown flag {found[1]}{_nearest(found[1], flags)}; --help lists the flags"
+        raise UserError(message) from None
 
 
 def _plain(types: str) -> str:
@@ -327,32 +348,6 @@ def _flatten(config: dict[str, Any], known: set[str], prefix: str = "") -> dict[
         else:
             flat[dotted] = value
     return flat
-
-
-def checkpoint_config(checkpoint: dict[str, Any], trust: bool) -> dict[str, Any]:
-    """The config that a checkpoint travels with.
-
-    Raises:
-        UserError: it names a class from a package that is not trusted by itself, and `trust` is off: making that
-            class may run code of whoever wrote the file.
-    """
-    config: dict[str, Any] = checkpoint["lit_cifar"].get("config") or {}
-    for class_path in _class_paths(config):
-        if not trust and not class_path.startswith(TRUSTED):
-            raise UserError(
-                f"the checkpoint names the class {class_path}, which runs code of that package: "
-                "add --trust true if you trust the file"
-            )
-    return config
-
-
-def _class_paths(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        own = [value["class_path"]] if isinstance(value.get("class_path"), str) else []
-        return own + [path for inner in value.values() for path in _class_paths(inner)]
-    if isinstance(value, list):
-        return [path for inner in value for path in _class_paths(inner)]
-    return []
 
 
 def value_of(flag: str, args: Sequence[str]) -> str | None:

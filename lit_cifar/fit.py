@@ -11,7 +11,7 @@ from typing import Any  # noqa: E402
 
 from lit_cifar import cli  # noqa: E402
 from lit_cifar.callbacks import RunningLoss  # noqa: E402
-from lit_cifar.checkpoint import find_checkpoint, read_checkpoint  # noqa: E402
+from lit_cifar.checkpoint import checkpoint_config, find_checkpoint, read_checkpoint  # noqa: E402
 from lit_cifar.errors import UserError  # noqa: E402
 from lit_cifar.folders import RESULTS  # noqa: E402
 from lit_cifar.report import peak_memory, print_report, write_results  # noqa: E402
@@ -123,7 +123,7 @@ def _resume(args: list[str]) -> tuple[Path | None, dict[str, Any], dict[str, Any
         return None, {}, None
     os.environ[RESUME_VARIABLE] = str(path)
     checkpoint = read_checkpoint(path)
-    return path, checkpoint, cli.checkpoint_config(checkpoint, trust=cli.value_of("trust", args) == "true")
+    return path, checkpoint, checkpoint_config(checkpoint, trust=cli.value_of("trust", args) == "true")
 
 
 def _check_position(checkpoint: dict[str, Any], config: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""LitClassifier: forward, the steps, the metrics, the optimiser. Layers, pictures and files are elsewhere.
+"""LitClassifier: forward, the steps, the metrics, the optimiser; Classifier: what of it is left without the Trainer.
+Layers, pictures and files are elsewhere.
 
 B images in a batch, K classes. Images are (B, 3, 32, 32) uint8 0..255 until LitClassifier.forward.
 """
@@ -49,6 +50,56 @@ def views(images: Tensor, tta: TTA) -> list[tuple[Tensor, float]]:
         for original, weight in [(images, own), *((image, other) for image in shifted)]
         for view in (original, original.flip(3))
     ]
+
+
+class Classifier(nn.Module):
+    """A net as LitClassifier's test uses it, without the Trainer; weights have the same names as LitClassifier's.
+
+    Args:
+        net: maps normalised images (B, 3, 32, 32) to logits (B, K).
+        mean: subtracted from pixels scaled to [0, 1], (3, 1, 1).
+        std: then divides them, (3, 1, 1).
+        tta: test-time augmentation, whose views' logits are averaged.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor, tta: TTA = "none") -> None:
+        super().__init__()
+        self.net = net
+        self.tta: TTA = tta
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images (B, 3, 32, 32) uint8 0..255 to logits (B, K): scales, normalises, applies the net to all views.
+
+        Raises:
+            UserError: images have another dtype or shape, such as images that were scaled before.
+        """
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, 32, 32):
+            raise UserError(f"images are {images.dtype} {tuple(images.shape)}; want torch.uint8 (B, 3, 32, 32)")
+        logits: Tensor = sum(
+            self.net(normalise(view, self.mean, self.std)) * weight for view, weight in views(images, self.tta)
+        )
+        return logits
+
+
+def check_weights(module: nn.Module, net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Checks that a checkpoint's `weights` have the names and shapes of those of `module`, which holds `net`.
+
+    Raises:
+        UserError: they are another net's.
+    """
+    theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
+    ours = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise UserError(
+                f"the checkpoint does not fit {type(net).__name__}: {name} is {theirs.get(name, 'missing')} "
+                f"in the file and {ours.get(name, 'missing')} in the net; name the file's net with --model.net"
+            )
 
 
 class LitClassifier(LightningModule):
@@ -355,14 +406,7 @@ class LitClassifier(LightningModule):
         Raises:
             UserError: they are another net's, or its classes are not the data's.
         """
-        theirs = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
-        ours = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
-        for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
-                raise UserError(
-                    f"the checkpoint does not fit {type(self.net).__name__}: {name} is {theirs.get(name, 'missing')} "
-                    f"in the file and {ours.get(name, 'missing')} in the net; name the file's net with --model.net"
-                )
+        check_weights(self, self.net, checkpoint["state_dict"])
         trained_on = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
         classes = classes or self.classes
         if trained_on and classes and trained_on != classes:

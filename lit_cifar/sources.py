@@ -28,9 +28,11 @@ from lit_cifar.download import ARCHIVES
 from lit_cifar.errors import UserError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 SPLITS = ("train", "test")
 # by which a folder that was renamed is known
 OFFICIAL_FILES = {"cifar10": ("data_batch_1",), "cifar100": ("train", "meta")}
@@ -299,7 +301,7 @@ class Key(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return _printable("/".join(self))
+        return printable("/".join(self))
 
 
 class Contents(NamedTuple):
@@ -318,7 +320,7 @@ def _source(path: Path) -> Contents:
         raise UserError(f"cannot read {error.filename or path} ({error.strerror})") from error
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """`text` as it may stand in one line on a terminal: names in an archive are whatever someone put there."""
     return text if text.isprintable() else repr(text)
 
@@ -384,14 +386,14 @@ def _read_archive(path: Path) -> Iterator[tuple[Key, bytes | None]]:
                 continue
             if num_bytes > MAX_MEMBER_BYTES:
                 raise UserError(
-                    f"{path}: {_printable(name)} has {num_bytes} bytes, more than the {MAX_MEMBER_BYTES} that an image "
+                    f"{path}: {printable(name)} has {num_bytes} bytes, more than the {MAX_MEMBER_BYTES} that an image "
                     "may have; shrink or remove it"
                 )
             data = read()
         except UserError:
             raise
         except Exception as error:  # tarfile, zipfile, lzma, zlib and gzip raise a dozen kinds for damage
-            detail = _printable(str(error)) or type(error).__name__
+            detail = printable(str(error)) or type(error).__name__
             raise UserError(f"{path} is damaged or cut short ({detail}); get it anew") from error
         key = Key(*parts[-3:])
         if root not in (None, parts[:-3]) or key in seen:
@@ -462,7 +464,7 @@ def _classes(path: Path, keys: Iterable[Key]) -> tuple[str, ...]:
     for here, there, more in (("train", "test", train - test), ("test", "train", test - train)):
         if more:
             raise UserError(
-                f"{path}: class {_printable(min(more))} is in {here}/ but not in {there}/; both need the same"
+                f"{path}: class {printable(min(more))} is in {here}/ but not in {there}/; both need the same"
             )
     return tuple(sorted(train))
 
@@ -470,45 +472,35 @@ def _classes(path: Path, keys: Iterable[Key]) -> tuple[str, ...]:
 def _decode(source: Contents, spool: IO[bytes]) -> "tuple[dict[str, Any], dict[Key, int]]":
     """Decode every image of `source` into `spool`, IMAGE_BYTES (3, 32, 32) each: the cache's header, and which image
     of the spool each one is."""
-    from concurrent.futures import Future, ThreadPoolExecutor
-
     from tqdm import tqdm
 
     keys: list[Key] = []
     positions: dict[Key, int] = {}
     num_resized = 0
-    num_threads = os.cpu_count() or 1
-    pending: deque[tuple[Key, Future[tuple[bytes, bool]]]] = deque()
     terminal = sys.stderr.isatty()
     started_at = time.perf_counter()
     if not terminal:
         print(f"decoding the images of {source.path}", file=sys.stderr, flush=True)
-    with (
-        ThreadPoolExecutor(num_threads) as pool,
-        tqdm(total=source.num_images, desc="decoding", unit=" images", disable=not terminal) as progress,
-    ):
 
-        def keep(key: Key, decoded: tuple[bytes, bool]) -> None:
-            nonlocal num_resized
-            positions[key] = len(positions)
-            with _needs_cache_folder(cache_dir()):
-                spool.write(decoded[0])
-            num_resized += decoded[1]
-            progress.update()
-
+    def encoded() -> Iterator[tuple[Key, bytes]]:
         for key, data in source.members():
             keys.append(key)
-            if data is None:
-                continue
-            if len(data) < THREADED_BYTES:
-                keep(key, _decode_image(source.path, key, data))
-                continue
-            pending.append((key, pool.submit(_decode_image, source.path, key, data)))
-            if len(pending) > 2 * num_threads:  # so that memory holds few encoded images, however many there are
-                first, future = pending.popleft()
-                keep(first, future.result())
-        for key, future in pending:
-            keep(key, future.result())
+            if data is not None:
+                yield key, data
+
+    def decode(key: Key, data: bytes) -> tuple[bytes, bool]:
+        try:
+            return decode_image(data, IMAGE_FORMATS)
+        except UserError as error:
+            raise UserError(f"{source.path}: {key} {error}; replace or remove it") from error
+
+    with tqdm(total=source.num_images, desc="decoding", unit=" images", disable=not terminal) as progress:
+        for key, (pixels, resized) in in_order(encoded(), decode):
+            positions[key] = len(positions)
+            with _needs_cache_folder(cache_dir()):
+                spool.write(pixels)
+            num_resized += resized
+            progress.update()
     if not terminal:
         seconds = time.perf_counter() - started_at
         print(f"decoded {len(positions)} images in {seconds:.1f} s", file=sys.stderr, flush=True)
@@ -524,12 +516,37 @@ def _decode(source: Contents, spool: IO[bytes]) -> "tuple[dict[str, Any], dict[K
     return header, positions
 
 
-def _decode_image(path: Path, key: Key, data: bytes) -> tuple[bytes, bool]:
-    """One encoded image to 3072 bytes (3, 32, 32) RGB, and whether it had to be resized."""
+def in_order(encoded: Iterable[tuple[T, bytes]], decode: Callable[[T, bytes], R]) -> Iterator[tuple[T, R]]:
+    """Each image's key and what `decode(key, data)` makes of it; large ones are decoded ahead, in threads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    num_threads = os.cpu_count() or 1
+    pending: deque[tuple[T, Callable[[], R]]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for key, data in encoded:
+            if len(data) >= THREADED_BYTES:
+                pending.append((key, pool.submit(decode, key, data).result))
+            elif pending:
+                pending.append((key, functools.partial(decode, key, data)))
+            else:
+                yield key, decode(key, data)
+            if len(pending) > 2 * num_threads:  # so that memory holds few encoded images, however many there are
+                first, result = pending.popleft()
+                yield first, result()
+        for key, result in pending:
+            yield key, result()
+
+
+def decode_image(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[bytes, bool]:
+    """One encoded image to 3072 bytes (3, 32, 32) RGB 0..255, and whether it had to be resized.
+
+    It may be of one of these formats of Pillow, by default of any. Raises UserError, with the rest of a sentence that
+    begins with the image's name.
+    """
     from PIL import Image, ImageOps
 
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
         if "exif" in image.info:  # asking first saves 2 s on 60,000 JPEGs
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
@@ -543,7 +560,8 @@ def _decode_image(path: Path, key: Key, data: bytes) -> tuple[bytes, bool]:
             image = image.resize((32, 32), Image.Resampling.BICUBIC)
         pixels = np.frombuffer(image.tobytes(), np.uint8)  # PIL decodes no earlier than here
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {key} has far too many pixels to be an image for training; remove it") from error
+        raise UserError("has far too many pixels") from error
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more for damage
-        raise UserError(f"{path}: {key} cannot be decoded as JPEG, PNG or WebP; replace or remove it") from error
+        known = "JPEG, PNG or WebP" if formats == IMAGE_FORMATS else "an image"
+        raise UserError(f"cannot be decoded as {known}") from error
     return pixels.reshape(32, 32, 3).transpose(2, 0, 1).tobytes(), resized

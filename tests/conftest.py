@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import lit_cifar.fit
+
 # LightningCLI 2.6.6 calls names that jsonargparse 4.49 deprecates; not ours to mend
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
@@ -31,6 +33,15 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     yield
     torch.backends.mkldnn.enabled = mkldnn
     torch.set_rng_state(random_state)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run on shapes, with test-time augmentation; nobody may change it."""
+    place = tmp_path_factory.mktemp("trained")
+    flags = ["--dataset", "shapes", "--batch_size", "100", "--lr", "0.02", "--max_epochs", "1"]
+    lit_cifar.fit.main([*flags, "--model.tta", "mirror_shift", "--trainer.default_root_dir", str(place)])
+    return place / "lightning_logs" / "version_0"
 
 
 @pytest.fixture

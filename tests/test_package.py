@@ -19,8 +19,9 @@ LAYERS = [
     {"report"},
     {"data", "module", "pictures"},
     {"checkpoint", "callbacks", "loop"},
+    {"classifier"},
     {"cli"},
-    {"fit", "test", "runs"},
+    {"fit", "test", "predict", "export", "runs"},
     {"bench", "sweep"},  # use fit
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

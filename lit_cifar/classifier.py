@@ -1,0 +1,65 @@
+"""`load`: a trained net out of a checkpoint, for use without the Trainer. Training is not here, and no command."""
+
+import os
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+from torch import Tensor, nn
+
+from lit_cifar.checkpoint import check_trusted, read_checkpoint
+from lit_cifar.errors import UserError
+from lit_cifar.module import TTA, Classifier, check_weights
+
+
+class Classes(tuple[str, ...]):
+    """Names of the K classes, which a tensor of indices turns into a list of names."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, Tensor) and index.ndim > 0:
+            return [self[i] for i in index.tolist()]
+        return super().__getitem__(index)
+
+
+def load(path: str | os.PathLike[str], tta: TTA | None = None, trust: bool = False) -> tuple[Classifier, Classes]:
+    """The net of a checkpoint, in eval mode on the CPU, and the names of its classes.
+
+        net, classes = load("last.ckpt")
+        classes[net(images).argmax(1)]  # images (B, 3, 32, 32) uint8 0..255; a list of B names
+
+    The net scales, normalises and augments as the run's test did, so that it has the accuracy that the test reported.
+
+    Args:
+        path: a checkpoint that lit_cifar.fit wrote; nothing else of the run is needed.
+        tta: test-time augmentation in place of the run's: 'none', 'mirror' or 'mirror_shift'.
+        trust: make the net also where its class is of a package that is not trusted by itself, such as your own.
+
+    Raises:
+        UserError: the file is no checkpoint of lit_cifar; its net is of a package that is not trusted, cannot be made
+            or does not fit the weights.
+    """
+    checkpoint = read_checkpoint(Path(path))
+    settings = (checkpoint["lit_cifar"].get("config") or {}).get("model")
+    if not settings:
+        raise UserError(f"{path} does not say which net it holds: no command of lit_cifar wrote it")
+    if not trust:
+        check_trusted(settings["net"])
+    weights = checkpoint["state_dict"]
+    net = _make_net(settings["net"])
+    classifier = Classifier(net, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), tta or settings["tta"])
+    check_weights(classifier, net, weights)
+    classifier.load_state_dict(weights)
+    return classifier.eval(), Classes(checkpoint["lit_cifar"]["classes"])
+
+
+def _make_net(settings: dict[str, Any]) -> nn.Module:
+    """The net of a config's class_path and init_args, whatever is nested in them, as LightningCLI makes it."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_argument("--net", type=nn.Module)
+    try:
+        net: nn.Module = parser.instantiate(parser.parse_object({"net": settings})).net
+    except (ArgumentError, ImportError) as error:
+        raise UserError(f"the checkpoint's net cannot be made: {' '.join(str(error).split())}") from error
+    return net

@@ -1,0 +1,227 @@
+"""`python -m lit_cifar.export`: a checkpoint's net as a file for other programs, written once it is seen to agree with
+the net. What the net computes is module's."""
+
+import contextlib
+import copy
+import importlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lit_cifar
+from lit_cifar import cli, sources
+from lit_cifar.checkpoint import read_checkpoint
+from lit_cifar.classifier import load
+from lit_cifar.data import DEFAULT_DATA_DIR, CIFAR10DataModule
+from lit_cifar.errors import UserError
+from lit_cifar.files import write_durably
+from lit_cifar.module import Classifier
+
+LARGEST_DIFFERENCE = 1e-4  # of an exported net's logits
+NUM_COMPARED = 256  # images at a time; no divisor of a test set's size, so that batches of two sizes are tried
+METADATA = "lit_cifar.json"  # the name of what travels in a file of torch.export
+Predict = Callable[[Tensor], Tensor]  # images (B, 3, 32, 32) uint8 to logits (B, K)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a net becomes a file's bytes, and how these become a net again.
+
+    Args:
+        packages: what it needs from the extra `export`.
+        dump: makes the bytes, of a net and the settings that travel along.
+        read: makes the bytes predict; gets the net too, where they are its weights alone.
+        judge: what predicts, for the report.
+        largest_difference: of the logits from the net's.
+    """
+
+    packages: tuple[str, ...]
+    dump: Callable[[Classifier, dict[str, Any]], bytes]
+    read: Callable[[bytes, Classifier], Predict]
+    judge: str
+    largest_difference: float
+
+
+def main(args: list[str]) -> None:
+    """Exports, compares, writes; `args` is the command line without the program's name."""
+    options = _parser().parse_args(args)
+    output = Path(options.output)
+    if output.suffix not in FORMATS:
+        raise UserError(f"--output {output}: choose a name that ends in {', '.join(FORMATS)}")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it")
+    form = FORMATS[output.suffix]
+    for package in form.packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise UserError(f"{output.suffix} needs {package}: pip install 'lit_cifar[export]'") from None
+
+    net, classes = load(options.ckpt_path, options.tta, options.trust == "true")
+    config = read_checkpoint(Path(options.ckpt_path))["lit_cifar"]["config"]
+    images, name = _test_images(config["data"], options.data_dir, options.dataset)
+    settings = {"classes": list(classes), "tta": net.tta, "config": config, "lit_cifar": lit_cifar.__version__}
+    with _quiet():
+        try:
+            data = form.dump(net, settings)
+        except Exception as error:  # exporters raise anything on what they cannot trace
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"{type(net.net).__name__} cannot be exported as {output.suffix} ({type(error).__name__}: {reason}); "
+                ".safetensors takes the weights of any net"
+            ) from error
+        num_same, difference = compare(form.read(data, net), net, images)
+    told = (
+        f"on {len(images):,} test images of {name}: {form.judge} and the net predict the same class for {num_same:,}, "
+        f"their logits differ by at most {difference:.1e}"
+    )
+    if num_same < len(images) or not difference <= form.largest_difference:
+        raise UserError(f"{output} is not written; it was compared {told}")
+    try:
+        write_durably(output, data)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error.strerror}): choose another place") from error
+    print(f"Compared {told}")
+    print(f"Exported {output}: images uint8 (batch, 3, 32, 32) to logits (batch, {len(classes)}), {len(data):,} bytes")
+
+
+def compare(predict: Predict, net: Classifier, images: Tensor) -> tuple[int, float]:
+    """How many of the images (N, 3, 32, 32) both give the same class, and the largest difference of their logits."""
+    num_same, difference = 0, 0.0
+    with torch.inference_mode():
+        for batch in images.split(NUM_COMPARED):
+            ours, theirs = net(batch), predict(batch)
+            num_same += int((ours.argmax(1) == theirs.argmax(1)).sum())
+            difference = max(difference, float((ours - theirs).abs().max().nan_to_num(torch.inf)))
+    return num_same, difference
+
+
+def _parser() -> cli.NetParser:
+    parser = cli.NetParser(
+        "python -m lit_cifar.export",
+        "Exports a checkpoint's net, with scaling, normalisation and test-time augmentation inside, and compares the "
+        "file with the net on the test images before it is written.",
+    )
+    parser.add_argument("--output", metavar="FILE", required=True, help="net.onnx, net.pt2 or net.safetensors")
+    parser.add_argument("--data_dir", metavar="PATH", help="images to compare on (default: the run's)")
+    parser.add_argument("--dataset", choices=("cifar10", "shapes"), help="images to compare on (default: the run's)")
+    return parser
+
+
+def _test_images(run: dict[str, Any], data_dir: str | None, dataset: str | None) -> tuple[Tensor, str]:
+    """The test images (N, 3, 32, 32) to compare on, and where they are from; nothing is downloaded.
+
+    Raises:
+        UserError: there are none where the command line says.
+    """
+    dataset = dataset or ("cifar10" if data_dir else run["dataset"])
+    folder = data_dir or run["data_dir"] or DEFAULT_DATA_DIR
+    name = "the embedded shapes"
+    if dataset != "shapes":
+        if sources.find_source(Path(folder)) != "nothing":
+            name = folder
+        elif data_dir:
+            raise UserError(f"--data_dir {data_dir} holds no images to compare on")
+        else:
+            name += f" (the run's, in {folder}, are not on this machine)"
+            dataset = "shapes"
+    data = CIFAR10DataModule(folder, dataset)  # type: ignore[arg-type]
+    data.prepare_data()
+    data.setup("test")
+    return data.test.images, name
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what exporters say of their own workings."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _example() -> tuple[Tensor]:
+    return (torch.zeros(2, 3, 32, 32, dtype=torch.uint8),)  # two: from one, torch.export would take batches of one only
+
+
+def _any_batch() -> dict[str, Any]:
+    return {"images": {0: torch.export.Dim("batch")}}
+
+
+def _dump_onnx(net: Classifier, settings: dict[str, Any]) -> bytes:
+    program = torch.onnx.export(
+        net,
+        _example(),
+        dynamo=True,
+        dynamic_shapes=_any_batch(),
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    for key, value in settings.items():
+        proto.metadata_props.add(key=key, value=json.dumps(value))
+    return proto.SerializeToString()
+
+
+def _read_onnx(data: bytes, net: Classifier) -> Predict:
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)  # it warns of GPUs that it does not find
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _dump_program(net: Classifier, settings: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    program = torch.export.export(net, _example(), dynamic_shapes=_any_batch())
+    torch.export.save(program, file, extra_files={METADATA: json.dumps(settings)})
+    return file.getvalue()
+
+
+def _read_program(data: bytes, net: Classifier) -> Predict:
+    return torch.export.load(io.BytesIO(data)).module()
+
+
+def _dump_weights(net: Classifier, settings: dict[str, Any]) -> bytes:
+    import safetensors.torch
+
+    weights = {name: weight.contiguous().clone() for name, weight in net.state_dict().items()}  # it refuses views
+    return safetensors.torch.save(weights, {key: json.dumps(value) for key, value in settings.items()})
+
+
+def _read_weights(data: bytes, net: Classifier) -> Predict:
+    import safetensors.torch
+
+    other = copy.deepcopy(net)
+    for weight in other.state_dict().values():
+        weight.zero_()  # so that what the file lacks shows
+    other.load_state_dict(safetensors.torch.load(data))
+    return other
+
+
+FORMATS = {
+    ".onnx": Format(("onnx", "onnxscript", "onnxruntime"), _dump_onnx, _read_onnx, "ONNX Runtime", LARGEST_DIFFERENCE),
+    ".pt2": Format((), _dump_program, _read_program, "torch.export", LARGEST_DIFFERENCE),
+    ".safetensors": Format(("safetensors",), _dump_weights, _read_weights, "torch", 0.0),
+}
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,267 @@
+"""predict: every image gets its line, in order, with what the net says of the pixels that training would read."""
+
+import csv
+import io
+import json
+import os
+import re
+import resource
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Run
+from PIL import Image
+
+import lit_cifar.predict
+from lit_cifar import load, shapes, sources
+from lit_cifar.errors import UserError
+
+NUM_DRAWN = 12
+
+
+@pytest.fixture
+def checkpoint(trained: Path) -> Path:
+    return trained / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def drawn() -> Iterator[torch.Tensor]:
+    """Test images (N, 3, 32, 32), which stand in drawn/ as PNGs in their order."""
+    images, _ = shapes.draw(train=False)
+    Path("drawn/more").mkdir(parents=True)
+    for number, image in enumerate(images[:: 2000 // NUM_DRAWN][:NUM_DRAWN]):
+        folder = "drawn" if number < 8 else "drawn/more"
+        Image.fromarray(image.transpose(1, 2, 0)).save(f"{folder}/{number:02}.png")
+    return torch.from_numpy(images[:: 2000 // NUM_DRAWN][:NUM_DRAWN])
+
+
+def predict(checkpoint: Path, *args: object) -> None:
+    lit_cifar.predict.main(["--ckpt_path", str(checkpoint), *map(str, args)])
+
+
+def objects(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("flags", [[], ["--batch_size", "5"], ["--tta", "none"]])
+def test_probabilities_are_the_nets_in_the_order_of_the_images(
+    checkpoint: Path, drawn: torch.Tensor, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    predict(checkpoint, "drawn", "--json", "--top", "10", *flags)
+    lines = objects(capsys.readouterr().out)
+    net, classes = load(checkpoint, tta="none" if "none" in flags else None)
+    with torch.inference_mode():
+        expected = net(drawn).softmax(1)
+    assert [Path(line["path"]).stem for line in lines] == [f"{number:02}" for number in range(NUM_DRAWN)]
+    for line, probabilities in zip(lines, expected, strict=True):
+        told = {prediction["class"]: prediction["probability"] for prediction in line["predictions"]}
+        assert list(told.values()) == sorted(told.values(), reverse=True)
+        assert [told[name] for name in classes] == pytest.approx(probabilities.tolist(), abs=2e-6)
+
+
+def test_text_and_csv_tell_what_json_tells(
+    checkpoint: Path, drawn: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("drawn/00.png").write_bytes(b"no image")
+    told = []
+    for flags in (["--json"], ["--csv"], []):
+        with pytest.raises(UserError, match=r"^1 of 12 images could not be read$"):
+            predict(checkpoint, *flags, "drawn", "--top", "2")
+        told.append(capsys.readouterr().out)
+    lines = objects(told[0])
+    header, *rows = csv.reader(io.StringIO(told[1]))
+    assert header == ["path", "class_1", "probability_1", "class_2", "probability_2", "error"]
+    assert len(rows) == NUM_DRAWN
+    for line, row, text in zip(lines[1:], rows[1:], told[2].splitlines()[1:], strict=True):
+        predictions = [(prediction["class"], prediction["probability"]) for prediction in line["predictions"]]
+        assert (row[0], row[-1]) == (line["path"], "")
+        assert [(row[1], float(row[2])), (row[3], float(row[4]))] == predictions
+        assert re.fullmatch(r"(\S+)  (\w+) (\d+\.\d) %  (\w+) (\d+\.\d) %", text)
+        assert text == "  ".join([line["path"], *(f"{name} {100 * share:.1f} %" for name, share in predictions)])
+    assert lines[0] == {"path": "drawn/00.png", "error": "cannot be decoded as an image"}
+    assert rows[0] == ["drawn/00.png", "cannot be decoded as an image"]
+    assert told[2].startswith("drawn/00.png  error: cannot be decoded as an image\n")
+
+
+def test_images_of_any_size_become_the_pixels_that_training_reads(checkpoint: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (90, 150, 4), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    rgb = Image.fromarray(noise[..., :3])
+    rgb.save("a.jpg", exif=exif)
+    Image.fromarray(noise).save("b.png")
+    rgb.quantize(50).save("c.png")
+    Image.fromarray(noise[..., 0].astype(np.uint16) << 8).save("d.png")
+    Image.fromarray(noise[..., 0]).save("e.webp")
+    names = sorted(path.name for path in Path().iterdir() if path.is_file())
+    for split in ("train", "test"):
+        Path(f"tree/{split}/noise").mkdir(parents=True)
+        for name in names:
+            Path(f"tree/{split}/noise/{name}").symlink_to(Path(name).absolute())
+    expected = sources.read_tree(Path("tree"), train=False).images
+    batches = list(lit_cifar.predict._batches(((name, None) for name in names), 99))
+    assert [image.data for image in batches[0]] == [image.numpy().tobytes() for image in expected]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "bmp", "tiff", "ppm", "tga", "avif"])
+def test_any_format_of_pillow_is_read(checkpoint: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (64, 48), (0, 0, 255)).save("blue.png")
+    if suffix == "avif" and ".avif" not in Image.registered_extensions():
+        pytest.skip("this Pillow writes no AVIF")
+    Image.open("blue.png").save(f"picture.{suffix}")
+    predict(checkpoint, "blue.png", f"picture.{suffix}", "--json")
+    first, second = (line["predictions"] for line in objects(capsys.readouterr().out))
+    assert first == second or suffix == "avif"  # which loses a little
+
+
+def names(output: str) -> list[str]:
+    return [line.split("  ")[0] for line in output.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["drawn/more/08.png", "drawn/01.png"], ["drawn/more/08.png", "drawn/01.png"]),
+        (["drawn/0[12].png"], ["drawn/01.png", "drawn/02.png"]),
+        (["drawn/**/1*.png"], ["drawn/more/10.png", "drawn/more/11.png"]),
+        (["drawn/mor*"], [f"drawn/more/{number:02}.png" for number in range(8, 12)]),
+        (["drawn/more/**"], [f"drawn/more/{number:02}.png" for number in range(8, 12)]),
+        (["drawn/more/"], [f"drawn/more/{number:02}.png" for number in range(8, 12)]),
+        (["odd[1].png"], ["odd[1].png"]),
+    ],
+)
+def test_paths_are_files_folders_and_patterns(
+    checkpoint: Path, drawn: torch.Tensor, paths: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("odd[1].png").write_bytes(Path("drawn/00.png").read_bytes())
+    Path("drawn/more/notes.txt").write_text("no image")
+    Path("drawn/more/.hidden.png").write_text("no image")
+    if paths == ["drawn/more/**"]:
+        Path("drawn/more/notes.txt").unlink()
+    predict(checkpoint, *paths)
+    assert names(capsys.readouterr().out) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (lambda: Path("drawn/03.png").read_bytes(), ["-"]),
+        (lambda: b"drawn/03.png\r\ndrawn/more\n\ndrawn/01.*\n", ["drawn/03.png", *(f"drawn/more/{n:02}.png" for n in
+         range(8, 12)), "drawn/01.png"]),
+    ],
+)  # fmt: skip
+def test_standard_input_is_an_image_or_paths(
+    checkpoint: Path,
+    drawn: torch.Tensor,
+    given: Any,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given())))
+    predict(checkpoint, "drawn/00.png", "-", "--csv")
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))[1:]
+    assert [row[0] for row in rows] == ["drawn/00.png", *expected]
+    if expected == ["-"]:
+        predict(checkpoint, "drawn/03.png", "--csv")
+        assert rows[1][1:] == list(csv.reader(io.StringIO(capsys.readouterr().out)))[1][1:]
+
+
+def bomb(side: int) -> bytes:
+    """A black PNG of side x side pixels, a thousandth of their size."""
+    rows, packer = bytes(1 + side // 8) * 1000, zlib.compressobj(1)
+    packed = b"".join(packer.compress(rows) for _ in range(side // 1000)) + packer.flush()
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+def test_broken_images_have_lines_of_their_own_and_take_no_memory(
+    checkpoint: Path, drawn: torch.Tensor, run_command: Run
+) -> None:
+    Path("cut.png").write_bytes(Path("drawn/02.png").read_bytes()[:-100])
+    Path("bomb.png").write_bytes(bomb(50_000))
+    Path("not\xff a\nname.png").write_bytes(b"")
+    paths = ["cut.png", "drawn/00.png", "gone.png", "bomb.png", "not\xff a\nname.png", "drawn/01.png"]
+    done = run_command("lit_cifar.predict", "--ckpt_path", checkpoint, *paths, "--top", "1")
+    shape = r"  \w+ \d+\.\d %"
+    expected = [
+        r"cut\.png  error: cannot be decoded as an image",
+        rf"drawn/00\.png{shape}",
+        r"gone\.png  error: No such file or directory",
+        r"bomb\.png  error: has far too many pixels",
+        r"'notÿ a\\nname\.png'  error: cannot be decoded as an image",
+        rf"drawn/01\.png{shape}",
+    ]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(expected), done
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.fullmatch(pattern, line), line
+    assert done.returncode == 2
+    assert done.stderr == "lit_cifar: error: 4 of 6 images could not be read\n"
+    # of the largest process that this one ever waited for; the bomb alone would take 2.5 GB
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20
+
+
+def test_lines_come_as_batches_are_done_and_may_stop_being_read(checkpoint: Path, drawn: torch.Tensor) -> None:
+    os.mkfifo("later.png")
+    command = [sys.executable, "-m", "lit_cifar.predict", "--ckpt_path", str(checkpoint), "--batch_size", "1"]
+    with subprocess.Popen(
+        [*command, "drawn/00.png", "later.png", "drawn/01.png"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            assert process.stdout.readline().startswith("drawn/00.png  ")
+            process.stdout.close()  # as `head -1` does
+            Path("later.png").write_bytes(Path("drawn/02.png").read_bytes())
+            assert process.stderr.read() == ""
+            assert process.wait(60) == 141
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["empty"], "no images in empty; "),
+        (["a.png", "--top", "0"], "--top 0 must be at least 1"),
+        (["a.png", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
+        (["a.png", "--topp", "1"], "unknown flag --topp: did you mean --top"),
+        (["a.png", "--trust", "maybe"], "--trust: invalid choice"),
+        (["a.png", "--json", "--csv"], "not allowed with"),
+        (["a.png", "--tta", "all"], "invalid choice: 'all'"),
+        ([], "required: PATH"),
+        (["a.png", "--ckpt_path", "gone.ckpt"], "no checkpoint gone.ckpt"),
+    ],
+)
+def test_what_is_typed_wrong_is_told(checkpoint: Path, args: list[str], message: str) -> None:
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        predict(checkpoint, *args)
+
+
+def test_more_classes_than_there_are_are_all_of_them(
+    checkpoint: Path, drawn: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predict(checkpoint, "drawn/00.png", "--top", "99", "--json")
+    assert len(objects(capsys.readouterr().out)[0]["predictions"]) == 10
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="torch finds no GPU"):
+        predict(checkpoint, "a.png", "--accelerator", "gpu")
