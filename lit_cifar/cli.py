@@ -168,7 +168,7 @@ class NetParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"unrecognized arguments: (-\S+)", message):
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            message = f"unknown flag {found[1]}{_nearest(found[1], flags)}; --help lists the flags"
+            message = f"unknown flag {found[1]}{nearest(found[1], flags)}; --help lists the flags"
         raise UserError(message) from None
 
 
@@ -387,6 +387,7 @@ def quiet_lightning() -> None:
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="The number of training batches")  # RunningLoss logs short epochs too
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # on a login node, or for one device
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
     # Lightning 2.6.6 asks torch 2.15 in a way that is to go (utilities/_pytree.py:21); users cannot mend it
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")

@@ -112,7 +112,9 @@ def _parser() -> cli.NetParser:
     )
     parser.add_argument("--output", metavar="FILE", required=True, help="net.onnx, net.pt2 or net.safetensors")
     parser.add_argument("--data_dir", metavar="PATH", help="images to compare on (default: the run's)")
-    parser.add_argument("--dataset", choices=("cifar10", "shapes"), help="images to compare on (default: the run's)")
+    parser.add_argument(
+        "--dataset", choices=("cifar10", "cifar100", "shapes"), help="images to compare on (default: the run's)"
+    )
     return parser
 
 
@@ -122,11 +124,11 @@ def _test_images(run: dict[str, Any], data_dir: str | None, dataset: str | None)
     Raises:
         UserError: there are none where the command line says.
     """
-    dataset = dataset or ("cifar10" if data_dir else run["dataset"])
+    dataset = dataset or ("cifar10" if data_dir and run["dataset"] == "shapes" else run["dataset"])
     folder = data_dir or run["data_dir"] or DEFAULT_DATA_DIR
     name = "the embedded shapes"
     if dataset != "shapes":
-        if sources.find_source(Path(folder)) != "nothing":
+        if sources.find_source(Path(folder), dataset) != "nothing":
             name = folder
         elif data_dir:
             raise UserError(f"--data_dir {data_dir} holds no images to compare on")
