@@ -21,7 +21,7 @@ demo: .venv/installed ## install, then train and test on the embedded data set (
 	$(BIN)/python -m lit_cifar.fit --dataset shapes
 
 test: .venv/installed-dev ## install, then run the tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --maxprocesses 8
 
 test-slow: .venv/installed-dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
