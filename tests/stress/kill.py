@@ -1,5 +1,5 @@
-"""Kills trainings with SIGKILL at random moments, resumes them, and compares what is left in the end with a run that was
-left alone. A signal that a training can answer is tests/test_stop.py's, and a cluster's faults slurm.py's."""
+"""Kills trainings with SIGKILL at random moments, resumes them, and compares what is left in the end with a run that
+nobody killed. A signal that a training can answer is tests/test_stop.py's, faults of a cluster are test_slurm.py's."""
 
 import argparse
 import contextlib
@@ -223,7 +223,9 @@ def differences(run: Path, whole: Path) -> list[str]:
     ours, theirs = _weights(run), _weights(whole)
     if ours.keys() != theirs.keys():
         found.append(f"{run}: other weights: {sorted(ours.keys() ^ theirs.keys())}")
-    found += [f"{run}: {name} differs" for name in ours.keys() & theirs.keys() if not torch.equal(ours[name], theirs[name])]
+    found += [
+        f"{run}: {name} differs" for name in ours.keys() & theirs.keys() if not torch.equal(ours[name], theirs[name])
+    ]
 
     ours_scalars, theirs_scalars = _scalars(run), _scalars(whole)
     for tag in sorted(ours_scalars.keys() | theirs_scalars.keys()):
