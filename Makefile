@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu bench check clean
+.PHONY: help demo test test-slow test-gpu test-stress test-slurm bench check clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,13 +21,20 @@ demo: .venv/installed ## install, then train and test on the embedded data set (
 	$(BIN)/python -m lit_cifar.fit --dataset shapes
 
 test: .venv/installed-dev ## install, then run the tests
-	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --maxprocesses 8
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" --numprocesses auto --maxprocesses 8
 
 test-slow: .venv/installed-dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: .venv/installed-dev ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+KILLS ?= 20
+test-stress: .venv/installed-dev ## kill trainings at random moments and resume them, an hour: KILLS=20
+	$(BIN)/python tests/stress/kill.py --kills $(KILLS)
+
+test-slurm: .venv/installed-dev ## preempt, requeue and break jobs of a Slurm on this machine: LIT_CIFAR_SLURM_UP=SCRIPT
+	$(BIN)/python -m pytest -m slurm
 
 DATA_DIR ?= data
 bench: .venv/installed-dev ## measure every bar of BENCHMARKS.md, about an hour: DATA_DIR=FOLDER [AIRBENCH94=SCRIPT]
