@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: help demo test test-slow test-gpu test-stress test-slurm bench check clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

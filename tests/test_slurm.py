@@ -161,7 +161,10 @@ def whole(cluster: Cluster) -> Path:
 def _lose_node(cluster: Cluster, job: str) -> None:
     pidfile = cluster.folder / "state" / "slurmd-n2.pid"
     os.kill(int(pidfile.read_text()), signal.SIGKILL)
-    os.kill(cluster.processes(job)[1], signal.SIGKILL)  # a node is lost with its tasks
+    task = cluster.processes(job)[1]  # a node is lost with its tasks, and nobody on it can tell
+    step = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{task}/status").read_text())[1])  # type: ignore[index]
+    os.kill(step, signal.SIGKILL)
+    os.kill(task, signal.SIGKILL)
     end = time.monotonic() + 200
     while "DOWN" not in cluster.call("scontrol", "show", "node", "n2"):
         assert time.monotonic() < end
