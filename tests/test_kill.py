@@ -1,21 +1,11 @@
 """The stress of `make test-stress`, short: trainings killed with SIGKILL at random moments end as if left alone."""
 
-import contextlib
-import os
-import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from stress.kill import RECIPES, SHAPES, differences, stress
+from stress.kill import differences, stress
 from test_fit import SHORT
 
 import lit_cifar.fit
@@ -70,70 +60,3 @@ def test_the_stress_sees_what_a_resume_could_spoil() -> None:
 
     (run / "checkpoints/.last.ckpt.x.part").touch()
     assert len(spoilt()) == 1
-
-
-@pytest.fixture
-def start_node(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts configs/cluster/torchrun.sh, changed as its marks say, as a node with a loopback address of its own."""
-    script = (ROOT / "configs/cluster/torchrun.sh").read_text()
-    for text, by in (
-        ("--config configs/resnet18.yaml", " ".join([*SHAPES, *RECIPES["onecycle"], "--data.num_val 500"])),
-        # on one machine both nodes would take the rendezvous for theirs, and the faster one would hold it
-        ("--rdzv-id=lit_cifar", '--rdzv-id=lit_cifar --local-addr="$LOCAL_ADDRESS" --rdzv-conf="is_host=$IS_HOST"'),
-    ):
-        assert text in script
-        script = script.replace(text, by)
-    (tmp_path / "torchrun.sh").write_text(script)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes: list[subprocess.Popen[bytes]] = []
-
-    def start(root: str, number: int) -> subprocess.Popen[bytes]:
-        env = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            **{"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "NUM_NODES": "2", "DEVICES": "1", "ROOT": root},
-            **{"RDZV_ADDRESS": f"127.0.0.1:{port}", "LOCAL_ADDRESS": f"127.0.0.{number}"},
-            "IS_HOST": str(number == 1),
-        }
-        with (tmp_path / f"{root}-{number}.txt").open("ab") as log:
-            node = subprocess.Popen(
-                ["bash", "torchrun.sh", "--checkpoint.every_n_train_steps", "20"],
-                env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        nodes.append(node)
-        return node
-
-    yield start
-    for node in nodes:
-        kill_node(node)
-
-
-def kill_node(node: "subprocess.Popen[bytes]") -> None:
-    """With its trainings, which torchrun starts in sessions of their own."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(node.pid)], capture_output=True, text=True)
-    for pid in [node.pid, *map(int, found.stdout.split())]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    node.wait()
-
-
-@pytest.mark.slow
-def test_torchrun_goes_on_when_a_lost_node_is_back(
-    start_node: Callable[[str, int], "subprocess.Popen[bytes]"], tmp_path: Path
-) -> None:
-    whole = [start_node("whole", number) for number in (1, 2)]
-    assert [node.wait(200) for node in whole] == [0, 0], (tmp_path / "whole-1.txt").read_text()
-
-    first, second = (start_node("killed", number) for number in (1, 2))
-    end = time.monotonic() + 120
-    while not re.search("epoch 1 .*loss", "".join(path.read_text() for path in tmp_path.glob("killed-*.txt"))):
-        assert time.monotonic() < end, (tmp_path / "killed-1.txt").read_text()
-        time.sleep(0.05)
-    kill_node(second)
-    again = start_node("killed", 2)
-    assert [first.wait(300), again.wait(300)] == [0, 0], (tmp_path / "killed-1.txt").read_text()
-    runs = [tmp_path / root / "lightning_logs/version_0" for root in ("killed", "whole")]
-    assert not (runs[0].parent / "version_1").exists()
-    assert differences(*runs) == []

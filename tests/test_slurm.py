@@ -88,7 +88,9 @@ class Cluster:
         while True:
             now = self.job(job)
             if now["JobState"] == "PENDING" and now["Reason"] == "BeginTime":
-                self.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm holds requeued jobs 2 minutes
+                # Slurm holds requeued jobs 2 minutes, since it refuses a start in the second of the requeue
+                time.sleep(5)
+                self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
             if now["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"):
                 return now
             assert time.monotonic() < end, f"not ended in {seconds} s: {now}\n{self.output(job)}"
@@ -161,10 +163,7 @@ def whole(cluster: Cluster) -> Path:
 def _lose_node(cluster: Cluster, job: str) -> None:
     pidfile = cluster.folder / "state" / "slurmd-n2.pid"
     os.kill(int(pidfile.read_text()), signal.SIGKILL)
-    task = cluster.processes(job)[1]  # a node is lost with its tasks, and nobody on it can tell
-    step = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{task}/status").read_text())[1])  # type: ignore[index]
-    os.kill(step, signal.SIGKILL)
-    os.kill(task, signal.SIGKILL)
+    os.kill(cluster.processes(job)[1], signal.SIGKILL)  # a node is lost with its tasks
     end = time.monotonic() + 200
     while "DOWN" not in cluster.call("scontrol", "show", "node", "n2"):
         assert time.monotonic() < end
