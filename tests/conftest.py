@@ -31,6 +31,7 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     torch.set_num_threads(1)
     random_state, mkldnn = torch.get_rng_state(), torch.backends.mkldnn.enabled
     yield
+    os.environ.pop("LIT_CIFAR_RESUME", None)  # or fixtures of the session that are made next would resume
     torch.backends.mkldnn.enabled = mkldnn
     torch.set_rng_state(random_state)
 
