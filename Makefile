@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu bench check clean
+.PHONY: help demo test test-slow test-stress test-gpu bench check clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ test-slow: .venv/installed-dev ## the tests that take minutes
 
 test-gpu: .venv/installed-dev ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+test-stress: .venv/installed-dev ## kills, bad mirrors, full disks and random input, a quarter of an hour
+	$(BIN)/python tests/stress/mirrors.py
+	$(BIN)/python tests/stress/fuzz.py
 
 DATA_DIR ?= data
 bench: .venv/installed-dev ## measure every bar of BENCHMARKS.md, about an hour: DATA_DIR=FOLDER [AIRBENCH94=SCRIPT]
