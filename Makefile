@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-stress test-gpu bench check clean
+.PHONY: help demo test test-slow test-gpu test-stress test-slurm bench check clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -21,7 +21,7 @@ demo: .venv/installed ## install, then train and test on the embedded data set (
 	$(BIN)/python -m lit_cifar.fit --dataset shapes
 
 test: .venv/installed-dev ## install, then run the tests
-	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --maxprocesses 8
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" --numprocesses auto --maxprocesses 8
 
 test-slow: .venv/installed-dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
@@ -29,9 +29,14 @@ test-slow: .venv/installed-dev ## the tests that take minutes
 test-gpu: .venv/installed-dev ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-test-stress: .venv/installed-dev ## kills, bad mirrors, full disks and random input, a quarter of an hour
+KILLS ?= 20
+test-stress: .venv/installed-dev ## kills of trainings, bad mirrors, full disks, random input, over an hour: KILLS=20
+	$(BIN)/python tests/stress/kill.py --kills $(KILLS)
 	$(BIN)/python tests/stress/mirrors.py
 	$(BIN)/python tests/stress/fuzz.py
+
+test-slurm: .venv/installed-dev ## preempt, requeue and break jobs of a Slurm on this machine: LIT_CIFAR_SLURM_UP=SCRIPT
+	$(BIN)/python -m pytest -m slurm
 
 DATA_DIR ?= data
 bench: .venv/installed-dev ## measure every bar of BENCHMARKS.md, about an hour: DATA_DIR=FOLDER [AIRBENCH94=SCRIPT]

@@ -36,9 +36,11 @@ def load(path: str | os.PathLike[str], tta: TTA | None = None, trust: bool = Fal
         trust: make the net also where its class is of a package that is not trusted by itself, such as your own.
 
     Raises:
-        UserError: the file is no checkpoint of lit_cifar; its net is of a package that is not trusted, cannot be made
-            or does not fit the weights.
+        UserError: there is no such augmentation; the file is no checkpoint of lit_cifar; its net is of a package that
+            is not trusted, cannot be made or does not fit the weights.
     """
+    if tta not in (None, *get_args(TTA)):
+        raise UserError(f"there is no test-time augmentation {tta!r}; choose one of {', '.join(get_args(TTA))}")
     checkpoint = read_checkpoint(Path(path))
     settings = (checkpoint["lit_cifar"].get("config") or {}).get("model")
     if not settings or "net" not in settings:

@@ -18,6 +18,9 @@ from typing import Any, NoReturn, get_args
 
 import torch
 import yaml
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -286,6 +289,10 @@ class CLI(LightningCLI):
         if overrides.get("enable_progress_bar", config["enable_progress_bar"]):
             overrides["callbacks"].append(ProgressBar())
         overrides["plugins"] = [*_as_list(config["plugins"]), DurableCheckpointIO()]
+        slurm = None
+        if not any(isinstance(plugin, ClusterEnvironment) for plugin in overrides["plugins"]):
+            slurm = _slurm()
+            overrides["plugins"] += [slurm] if slurm else []
         if not self._logs:
             overrides["logger"] = False
         elif config["logger"] in (None, True):
@@ -301,6 +308,8 @@ class CLI(LightningCLI):
             trainer = super().instantiate_trainer(**{**kwargs, **overrides})
         except (TypeError, ValueError) as error:  # how Lightning refuses a number of devices, a precision, ...
             raise UserError(f"the Trainer refuses its settings: {error}") from error
+        if slurm:
+            _check_allocation(slurm, trainer)
         loop.install(trainer)
         return trainer
 
@@ -318,6 +327,34 @@ class CLI(LightningCLI):
             if run is not None:
                 return RunLogger(str(run.parent.parent), version=run_version(run), purge_step=step + 1)
         return RunLogger(save_dir or ".")
+
+
+def _slurm() -> SLURMEnvironment | None:
+    """Slurm's environment where Lightning would choose it, but leaving signals to Checkpoints.
+
+    Lightning's own saves in mid-step at SIGUSR1 and requeues the job itself, beside the job's script.
+    """
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return None
+    try:
+        return SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as error:  # --ntasks without --ntasks-per-node
+        raise UserError(f"the Slurm allocation does not suit: {error}") from error
+
+
+def _check_allocation(slurm: SLURMEnvironment, trainer: Trainer) -> None:
+    """Each task that srun started is one device; with one device Lightning does not look, and all would train alone."""
+    num_tasks, num_processes = slurm.world_size(), trainer.num_devices * trainer.num_nodes
+    if "SLURM_STEP_ID" in os.environ and num_tasks != num_processes:  # which srun gives to what it starts
+        raise UserError(
+            f"Slurm started {num_tasks} tasks, one for each device, but --devices {trainer.num_devices} on --num_nodes "
+            f"{trainer.num_nodes} makes {num_processes}: let --ntasks-per-node be --devices, and --nodes --num_nodes"
+        )
+    if num_processes > 1:
+        try:
+            slurm.validate_settings(trainer.num_devices, trainer.num_nodes)
+        except ValueError as error:
+            raise UserError(f"the Slurm allocation does not suit: {error}") from error
 
 
 def _recipe(configs: Sequence[Any] | None) -> str:
@@ -394,8 +431,9 @@ def quiet_lightning() -> None:
     """Leaves Lightning's warnings, and silences its notes on what it found and how it could be extended."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # said on each machine that has Slurm, to whoever trains outside of a job
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
     warnings.filterwarnings("ignore", message="The number of training batches")  # RunningLoss logs short epochs too
-    warnings.filterwarnings("ignore", message="The `srun` command is available")  # on a login node, or for one device
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
     # Lightning 2.6.6 asks torch 2.15 in a way that is to go (utilities/_pytree.py:21); users cannot mend it
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")

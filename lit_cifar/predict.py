@@ -1,6 +1,7 @@
 """`python -m lit_cifar.predict`: tells what images show. How an image becomes pixels is sources', the net module's."""
 
 import csv
+import functools
 import glob
 import io
 import json
@@ -49,14 +50,14 @@ def main(args: list[str]) -> None:
     device = _device(options.accelerator)
     net, classes = load(options.ckpt_path, options.tta, options.trust == "true")
     net.to(device)
+    warnings.filterwarnings("ignore", module="PIL")  # about oddities of files; what matters stands in the image's line
     images = [image for path in options.paths for image in _find(path)]
     if not images:
         raise UserError(f"no images in {', '.join(options.paths)}; folders were searched for {', '.join(SUFFIXES)}")
     cli.suit_cpu(options.batch_size * sum(parameter.numel() for parameter in net.parameters()))
-    warnings.filterwarnings("ignore", module="PIL")  # about oddities of files; what matters stands in the image's line
 
     top = min(options.top, len(classes))
-    lines = _json_lines if options.json else _csv_lines if options.csv else _text_lines
+    lines = _json_lines if options.json else functools.partial(_csv_lines, top=top) if options.csv else _text_lines
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be bytes that are no text
 
@@ -233,10 +234,10 @@ def _json_lines(predictions: list[Prediction]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _csv_lines(predictions: list[Prediction]) -> str:
+def _csv_lines(predictions: list[Prediction], top: int) -> str:
     lines = io.StringIO()
     for path, classes, error in predictions:
-        columns = [column for name, probability in classes for column in (name, f"{probability:.6f}")]
+        columns = [column for name, probability in classes for column in (name, f"{probability:.6f}")] or [""] * 2 * top
         csv.writer(lines, lineterminator="\n").writerow([path, *columns, error])
     return lines.getvalue()
 

@@ -149,6 +149,11 @@ def test_a_net_that_is_not_the_weights_own_is_told(net: Any, message: str) -> No
         load(save(LitClassifier(Net()), net))
 
 
+def test_an_unknown_augmentation_is_told(trained: Path) -> None:
+    with pytest.raises(UserError, match="augmentation 'mirrored'; choose one of none, mirror, mirror_shift"):
+        load(trained / "checkpoints" / "last.ckpt", tta="mirrored")  # type: ignore[arg-type]
+
+
 def test_a_checkpoint_without_a_config_is_told() -> None:
     path = save(LitClassifier(Net()), {})
     torch.save({"state_dict": {}, "lit_cifar": {"classes": [], "config": {}}}, path)

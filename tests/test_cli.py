@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, Run
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 
@@ -295,3 +296,48 @@ def test_several_devices_exchange_gradients_without_copies(flags: list[str], exp
     else:
         assert isinstance(strategy, DDPStrategy)
         assert strategy._ddp_kwargs == expected
+
+
+SLURM = {
+    **{"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "lit_cifar", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"},
+    **{"SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2"},
+    **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+}
+
+
+def _cli(*args: str) -> CLI:
+    return CLI(["--accelerator", "cpu", "--dataset", "shapes", *args], prog="fit", description="")
+
+
+@pytest.mark.parametrize(
+    ("without", "flags", "message"),
+    [
+        ("", ["--devices", "4", "--num_nodes", "2"], "Slurm started 4 tasks, .* makes 8: "),
+        ("", [], "Slurm started 4 tasks, .* --devices 1 on --num_nodes 1 makes 1: "),
+        ("", ["--devices", "4", "--num_nodes", "1"], "`devices=4` .*`--ntasks-per-node=2`"),
+        ("SLURM_NTASKS_PER_NODE", ["--devices", "2", "--num_nodes", "2"], "`--ntasks=4`.*--ntasks-per-node"),
+    ],
+)
+def test_an_allocation_of_slurm_that_differs_from_the_devices_is_refused(
+    without: str, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(without, raising=False)
+    with pytest.raises(UserError, match=message):
+        _cli(*flags)
+
+
+def test_under_slurm_nothing_but_checkpoints_answers_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    environment = _cli("--devices", "2", "--num_nodes", "2").trainer._accelerator_connector.cluster_environment
+    assert isinstance(environment, SLURMEnvironment)
+    assert not environment.auto_requeue
+
+
+def test_a_single_device_within_an_allocation_and_without_srun_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_STEP_ID")  # as in the job's script itself
+    assert _cli().trainer.world_size == 1

@@ -87,7 +87,7 @@ def test_text_and_csv_tell_what_json_tells(
         assert re.fullmatch(r"(\S+)  (\w+) (\d+\.\d) %  (\w+) (\d+\.\d) %", text)
         assert text == "  ".join([line["path"], *(f"{name} {100 * share:.1f} %" for name, share in predictions)])
     assert lines[0] == {"path": "drawn/00.png", "error": "cannot be decoded as an image"}
-    assert rows[0] == ["drawn/00.png", "cannot be decoded as an image"]
+    assert rows[0] == ["drawn/00.png", "", "", "", "", "cannot be decoded as an image"]
     assert told[2].startswith("drawn/00.png  error: cannot be decoded as an image\n")
 
 
