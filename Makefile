@@ -30,8 +30,10 @@ test-gpu: .venv/installed-dev ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
 KILLS ?= 20
-test-stress: .venv/installed-dev ## kill trainings at random moments and resume them, an hour: KILLS=20
+test-stress: .venv/installed-dev ## kills of trainings, bad mirrors, full disks, random input, over an hour: KILLS=20
 	$(BIN)/python tests/stress/kill.py --kills $(KILLS)
+	$(BIN)/python tests/stress/mirrors.py
+	$(BIN)/python tests/stress/fuzz.py
 
 test-slurm: .venv/installed-dev ## preempt, requeue and break jobs of a Slurm on this machine: LIT_CIFAR_SLURM_UP=SCRIPT
 	$(BIN)/python -m pytest -m slurm

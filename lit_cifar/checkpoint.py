@@ -3,16 +3,20 @@ left. Training logic is not here."""
 
 import contextlib
 import os
+import pickle
+import pickletools
 import re
 import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -26,6 +30,8 @@ from lit_cifar.folders import RUNS, run_version
 STOP_SIGNALS = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))  # Windows has no SIGUSR1
 STOPPED = 75  # exit code of a run that a signal ended and that can be resumed; EX_TEMPFAIL of sysexits.h
 TRUSTED = ("lit_cifar.", "torchvision.", "torch.nn.")  # a checkpoint's config may name classes from these by itself
+MAX_PICKLE_BYTES = 2**22  # of a checkpoint, without its tensors; a small run's is 10 to 100 kB
+MAX_CONFIG_VALUES, MAX_CONFIG_TEXT = 100_000, 10_000  # how many, and how many characters of each
 IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 TEXTS = ("data_dir", "default_root_dir", "mirrors", "name", "pattern")  # settings whose dots mean something else
 
@@ -359,10 +365,14 @@ def run_folder(checkpoint: Path) -> Path | None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint of ours, without running code that may be in the file (weights_only).
 
+    Its checksums are right, it takes no more memory than its size, and what `on_save_checkpoint` of the module put into
+    it is of the right types.
+
     Raises:
         UserError: it is missing, cut short, or something else.
     """
     try:
+        _check_records(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}; name a .ckpt file") from None
@@ -372,9 +382,82 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is no checkpoint, or was cut short or damaged ({type(error).__name__}); name another one"
         ) from None
-    if not isinstance(checkpoint, dict) or not {"state_dict", "lit_cifar"} <= checkpoint.keys():
+    if not _is_ours(checkpoint):
         raise UserError(f"{path} is not a checkpoint of lit_cifar; name one from lightning_logs/*/checkpoints")
     return checkpoint
+
+
+def _check_records(path: Path) -> None:
+    """Raises unless the file is as torch.save writes it: a zip, stored, with right sums, and a pickle of a sane size.
+
+    torch.load looks at none of this: it unpacks what is packed, and lets a flipped bit of a weight pass.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            raise zipfile.BadZipFile
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise zipfile.BadZipFile
+            if sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size:
+                raise zipfile.BadZipFile
+            for record in records:
+                if record.filename.endswith("/data.pkl"):
+                    if record.file_size > MAX_PICKLE_BYTES:
+                        raise zipfile.BadZipFile
+                    _check_pickle(archive.read(record))
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+
+
+def _check_pickle(data: bytes) -> None:
+    """bytearray is the one function that torch's unpickler would call with a size that needs no bytes in the file."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL" and "bytearray" in str(argument):  # the only opcode that brings torch a function
+            raise pickle.UnpicklingError
+
+
+def _is_ours(checkpoint: Any) -> bool:
+    if not isinstance(checkpoint, dict) or not {"state_dict", "lit_cifar"} <= checkpoint.keys():
+        return False
+    weights, ours = checkpoint["state_dict"], checkpoint["lit_cifar"]
+    if not (isinstance(weights, dict) and isinstance(ours, dict) and isinstance(checkpoint.get("global_step", 0), int)):
+        return False
+    for name, weight in weights.items():
+        if not (isinstance(name, str) and isinstance(weight, torch.Tensor) and weight.layout == torch.strided):
+            return False
+        # one stored number may pose as the weights of any size
+        if weight.numel() * weight.element_size() > weight.untyped_storage().nbytes():
+            return False
+    classes, config = ours.get("classes", []), ours.get("config") or {}
+    return (
+        isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+        and isinstance(config, dict)
+        and all(isinstance(config.get(section, {}), dict) for section in ("model", "data", "trainer", "checkpoint"))
+        and _is_plain(ours)
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is what YAML could hold, a tree and of a sane size: no references to itself, nor a million to one."""
+    values = [(value, 0)]
+    num_values = 0
+    while values:
+        value, depth = values.pop()
+        num_values += 1
+        if num_values > MAX_CONFIG_VALUES or depth > 50:
+            return False
+        if isinstance(value, dict):
+            values += [(inner, depth + 1) for pair in value.items() for inner in pair]
+        elif isinstance(value, list):
+            values += [(inner, depth + 1) for inner in value]
+        elif isinstance(value, str):
+            if len(value) > MAX_CONFIG_TEXT:
+                return False
+        elif not isinstance(value, (int, float, type(None))):
+            return False
+    return True
 
 
 def checkpoint_config(checkpoint: dict[str, Any], trust: bool) -> dict[str, Any]:
@@ -409,6 +492,16 @@ def _class_paths(value: Any, key: str = "") -> list[str]:
         return [path for key, inner in value.items() for path in _class_paths(inner, key)]
     if isinstance(value, list):
         return [path for inner in value for path in _class_paths(inner, key)]
-    if isinstance(value, str) and (key == "class_path" or (IMPORTABLE.fullmatch(value) and key not in TEXTS)):
+    if not isinstance(value, str):
+        return []
+    if key == "class_path" or (IMPORTABLE.fullmatch(value) and key not in TEXTS):
         return [value]
-    return []
+    if key in TEXTS:
+        return []
+    try:
+        meant = yaml.safe_load(value)  # as jsonargparse does: the text may be that of a dict with a class_path
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return [value]  # no setting of ours, and no YAML
+    if not _is_plain(meant):
+        return [value]
+    return _class_paths(meant, key) if meant != value else []

@@ -1,7 +1,6 @@
 """`load`: a trained net out of a checkpoint, for use without the Trainer. Training is not here, and no command."""
 
 import os
-from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,16 +43,38 @@ def load(path: str | os.PathLike[str], tta: TTA | None = None, trust: bool = Fal
         raise UserError(f"there is no test-time augmentation {tta!r}; choose one of {', '.join(get_args(TTA))}")
     checkpoint = read_checkpoint(Path(path))
     settings = (checkpoint["lit_cifar"].get("config") or {}).get("model")
-    if not settings:
+    if not settings or "net" not in settings:
         raise UserError(f"{path} does not say which net it holds: no command of lit_cifar wrote it")
     if not trust:
         check_trusted(settings["net"])
     weights = checkpoint["state_dict"]
-    net = _make_net(settings["net"])
-    classifier = Classifier(net, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), tta or settings["tta"])
-    check_weights(classifier, net, weights)
+    tta = tta or settings.get("tta", "none")
+    if tta not in get_args(TTA):
+        raise UserError(f"{path} has an unknown test-time augmentation, {tta!r}; choose one")
+    if not trust:
+        check_net(settings["net"], weights)
+    classifier = _make_classifier(settings["net"], tta, weights)
     classifier.load_state_dict(weights)
     return classifier.eval(), Classes(checkpoint["lit_cifar"]["classes"])
+
+
+def check_net(settings: Any, weights: dict[str, Tensor]) -> None:
+    """Checks that a checkpoint's weights are those of the net in its config, which may name one of any size.
+
+    The net is made without memory, on the device `meta`.
+
+    Raises:
+        UserError: it cannot be made, or the weights are another one's.
+    """
+    with torch.device("meta"):
+        _make_classifier(settings, "none", weights)
+
+
+def _make_classifier(settings: Any, tta: TTA, weights: dict[str, Tensor]) -> Classifier:
+    net = _make_net(settings)
+    classifier = Classifier(net, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), tta)
+    check_weights(classifier, net, weights)
+    return classifier
 
 
 def _make_net(settings: dict[str, Any]) -> nn.Module:
@@ -62,6 +83,8 @@ def _make_net(settings: dict[str, Any]) -> nn.Module:
     parser.add_argument("--net", type=nn.Module)
     try:
         net: nn.Module = parser.instantiate(parser.parse_object({"net": settings})).net
-    except (ArgumentError, ImportError) as error:
+    except Exception as error:  # classes raise anything on arguments that are not for them
         raise UserError(f"the checkpoint's net cannot be made: {' '.join(str(error).split())}") from error
+    if not isinstance(net, nn.Module):
+        raise UserError("the checkpoint names no net")
     return net

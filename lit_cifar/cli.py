@@ -241,6 +241,14 @@ class CLI(LightningCLI):
         if self._base:
             _set_base(parser, self._base)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {value_of('config', self._args)} is no text in UTF-8: {error}") from None
+        except RecursionError:
+            raise UserError("the settings are nested too deeply: give them without so many brackets") from None
+
     def before_instantiate_classes(self) -> None:
         self.options = {key: self.config.pop(key, None) for key in OWN_FLAGS}
 

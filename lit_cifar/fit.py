@@ -12,6 +12,7 @@ from typing import Any  # noqa: E402
 from lit_cifar import cli  # noqa: E402
 from lit_cifar.callbacks import RunningLoss  # noqa: E402
 from lit_cifar.checkpoint import checkpoint_config, find_checkpoint, read_checkpoint  # noqa: E402
+from lit_cifar.classifier import check_net  # noqa: E402
 from lit_cifar.errors import UserError  # noqa: E402
 from lit_cifar.folders import RESULTS  # noqa: E402
 from lit_cifar.report import peak_memory, print_report, write_results  # noqa: E402
@@ -123,7 +124,11 @@ def _resume(args: list[str]) -> tuple[Path | None, dict[str, Any], dict[str, Any
         return None, {}, None
     os.environ[RESUME_VARIABLE] = str(path)
     checkpoint = read_checkpoint(path)
-    return path, checkpoint, checkpoint_config(checkpoint, trust=cli.value_of("trust", args) == "true")
+    trust = cli.value_of("trust", args) == "true"
+    config = checkpoint_config(checkpoint, trust)
+    if not trust and "net" in config.get("model", {}):
+        check_net(config["model"]["net"], checkpoint["state_dict"])
+    return path, checkpoint, config
 
 
 def _check_position(checkpoint: dict[str, Any], config: dict[str, Any]) -> None:

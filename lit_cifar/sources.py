@@ -38,6 +38,16 @@ SPLITS = ("train", "test")
 OFFICIAL_FILES = {"cifar10": ("data_batch_1",), "cifar100": ("train", "meta")}
 IMAGE_BYTES = 3 * 32 * 32
 MAX_MEMBER_BYTES = 64 * 2**20
+MAX_PIXELS = 2**26  # of one image: decoding 100 million with transparency takes 0.9 GB in each thread
+MAX_NAME_BYTES = 2**20
+# tar's members that hold the name and properties of the next
+NAME_TYPES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 CACHE_FORMAT = 1  # raise it whenever the same files would give other pixels or another layout
 # From here on decoding goes to threads. PIL holds the GIL for all but the pixel work: two threads take 1.7x as long
 # as one for 32x32 JPEGs (0.9 KB), 0.8x at 15 KB and 0.5x at 55 KB (2 cores, Pillow 13.0, Python 3.11).
@@ -233,12 +243,10 @@ def _cached(path: Path, read: Callable[[Path, str], T]) -> T:
         with contextlib.suppress(Exception):  # another process may have decoded while this one waited
             return read(file, source.fingerprint)
         # Decoded images wait on the disk: with CIFAR-10's in memory a run peaked at 1.03 GB here, now at 0.85.
-        with contextlib.ExitStack() as spool_open:
-            with _needs_cache_folder(file.parent):
-                spool = spool_open.enter_context(tempfile.TemporaryFile(dir=file.parent))
+        # around it all: on a full disk, closing the spool writes what is left of it and fails once more
+        with _needs_cache_folder(file.parent), tempfile.TemporaryFile(dir=file.parent) as spool:
             header, positions = _decode(source, spool)
-            with _needs_cache_folder(file.parent):
-                _write_cache(file, header, positions, spool)
+            _write_cache(file, header, positions, spool)
         return read(file, source.fingerprint)
     finally:
         lock.release()
@@ -415,11 +423,29 @@ def _zip_members(path: Path) -> Iterator[Member]:
             if info.is_dir():
                 yield info.filename, None, 0
             elif stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG):
-                yield info.filename, functools.partial(archive.read, info), info.file_size
+                yield info.filename, functools.partial(_read_zipped, archive, info), info.file_size
+
+
+def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """A member in small pieces: read at once, it is unpacked to its end first, however far that is beyond its size."""
+    with archive.open(info) as stream:
+        return b"".join(iter(functools.partial(stream.read, zipfile.ZipExtFile.MIN_READ_SIZE), b""))
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged or missing header after the first for the archive's end; here only the end mark is."""
+    """tarfile takes a damaged or missing header after the first for the archive's end; here only the end mark is.
+
+    Long names and sparse files, which it would read into memory whatever their size, end at MAX_NAME_BYTES.
+    """
+
+    @classmethod
+    def frombuf(cls, *args: Any) -> "_StrictTarInfo":
+        info = super().frombuf(*args)
+        if info.type in NAME_TYPES and info.size > MAX_NAME_BYTES:
+            raise tarfile.ReadError(f"a name of {info.size} bytes")
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("a sparse file, which only GNU tar writes")
+        return info
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_StrictTarInfo":
@@ -497,8 +523,7 @@ def _decode(source: Contents, spool: IO[bytes]) -> "tuple[dict[str, Any], dict[K
     with tqdm(total=source.num_images, desc="decoding", unit=" images", disable=not terminal) as progress:
         for key, (pixels, resized) in in_order(encoded(), decode):
             positions[key] = len(positions)
-            with _needs_cache_folder(cache_dir()):
-                spool.write(pixels)
+            spool.write(pixels)
             num_resized += resized
             progress.update()
     if not terminal:
@@ -546,7 +571,9 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[b
     from PIL import Image, ImageOps
 
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=formats or _every_format())
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
         if "exif" in image.info:  # asking first saves 2 s on 60,000 JPEGs
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
@@ -565,3 +592,12 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[b
         known = "JPEG, PNG or WebP" if formats == IMAGE_FORMATS else "an image"
         raise UserError(f"cannot be decoded as {known}") from error
     return pixels.reshape(32, 32, 3).transpose(2, 0, 1).tobytes(), resized
+
+
+@functools.cache
+def _every_format() -> tuple[str, ...]:
+    """What Pillow reads by itself: EPS it gives to Ghostscript, which runs the program that such a file is."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")

@@ -6,6 +6,7 @@ from typing import Any
 
 from lit_cifar import cli
 from lit_cifar.checkpoint import checkpoint_config, read_checkpoint, run_folder
+from lit_cifar.classifier import check_net
 from lit_cifar.errors import UserError
 from lit_cifar.report import print_report, write_results
 
@@ -69,6 +70,8 @@ def _add_arguments(parser: cli.Parser) -> None:
 def _base(checkpoint: dict[str, Any], trust: bool) -> dict[str, Any]:
     """The checkpoint's net and data; devices and the like are this command's own."""
     config = checkpoint_config(checkpoint, trust)
+    if not trust and "net" in config.get("model", {}):
+        check_net(config["model"]["net"], checkpoint["state_dict"])
     data = {key: value for key, value in config.get("data", {}).items() if key in DATA_KEYS}
     return {"seed_everything": config.get("seed_everything", 0), "model": config.get("model", {}), "data": data}
 

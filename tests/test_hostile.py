@@ -1,0 +1,434 @@
+"""Files from strangers: none runs code, writes where it should not, takes 2 GiB, or ends in more than one line."""
+
+import io
+import os
+import stat
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.utils.collect_env
+from conftest import ROOT
+from PIL import Image
+from test_predict import bomb
+
+import lit_cifar.fit
+import lit_cifar.predict
+import lit_cifar.test
+from lit_cifar import load, sources
+from lit_cifar.checkpoint import read_checkpoint
+from lit_cifar.errors import UserError
+from lit_cifar.fit import RESUME_VARIABLE
+
+MAX_BYTES = 2**30  # of memory, in a process of its own, of which torch takes a third
+CANARY = Path("canary")  # made by whatever runs
+
+# Runs calls one after the other, in a process whose peak of memory is then known.
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from lit_cifar.errors import UserError
+{setting}
+for path in sys.argv[1:]:
+    try:
+        {call}
+    except UserError as error:
+        print(path, "told", str(error).isprintable())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def told_within_memory(setting: str, call: str, *paths: Path) -> None:
+    """Each path ends in a UserError, and all of them in less than MAX_BYTES."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED.format(setting=setting, call=call), *map(str, paths)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    *lines, peak = done.stdout.splitlines() or ["0"]
+    assert lines == [f"{path} told True" for path in paths], done
+    assert int(peak) < MAX_BYTES
+    assert not CANARY.exists()
+
+
+def error_of(function: Callable[..., object], *args: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    assert not CANARY.exists()
+    return " ".join(str(caught.value).split())
+
+
+# ---- checkpoints ----
+
+
+class Call:
+    """Unpickling this calls a function."""
+
+    def __init__(self, function: Any, *args: object) -> None:
+        self.reduced = function, args
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+@pytest.fixture
+def content(trained: Path) -> dict[str, Any]:
+    """A good checkpoint, to be spoilt."""
+    return torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def save(content: object) -> Path:
+    path = Path("hostile.ckpt")
+    torch.save(content, path)
+    return path
+
+
+def all_commands(path: Path) -> list[str]:
+    """What every reader of checkpoints says of one."""
+    os.environ.pop(RESUME_VARIABLE, None)
+    flags = ["--trainer.accelerator", "cpu"]
+    try:
+        return [
+            error_of(load, path),
+            error_of(lit_cifar.predict.main, ["--ckpt_path", str(path), "image.png"]),
+            error_of(lit_cifar.test.main, ["--ckpt_path", str(path), *flags]),
+            error_of(lit_cifar.fit.main, ["--resume", str(path), "--max_epochs", "2", *flags]),
+        ]
+    finally:
+        os.environ.pop(RESUME_VARIABLE, None)
+
+
+@pytest.mark.parametrize(
+    "gadget",
+    [
+        Call(os.system, f"touch {CANARY}"),
+        Call(eval, f"open({str(CANARY)!r}, 'w')"),
+        Call(exec, f"open({str(CANARY)!r}, 'w')"),
+        Call(os.mkdir, str(CANARY)),
+        Call(getattr, "canary", "upper"),
+        Call(torch.load, str(CANARY)),
+        Call(torch.hub.load, ".", "canary"),
+        Call(torch.utils.collect_env.run, f"touch {CANARY}"),  # torch's own, as good as os.system
+        Call(torch.jit.load, str(CANARY)),
+    ],
+    ids=lambda gadget: gadget.reduced[0].__name__,
+)
+def test_a_pickle_calls_nothing(content: dict[str, Any], gadget: Call) -> None:
+    for hidden in (gadget, {**content, "callbacks": gadget}, {**content, "state_dict": {"net.bias": gadget}}):
+        assert error_of(read_checkpoint, save(hidden)).startswith("hostile.ckpt is no checkpoint")
+
+
+MINE = {"class_path": "hostile.Net"}
+NETS = {
+    "class": MINE,
+    "bare": "hostile.Net",
+    "as text": "{class_path: hostile.Net}",
+    "as padded text": " hostile.Net",
+    "as quoted text": "'hostile.Net'",
+    "as JSON": '{"class_path": "hostile.Net"}',
+    "in text in text": "\"{class_path: hostile.Net}\"",
+    "in arguments as text": {"class_path": "torchvision.models.mobilenet_v2", "init_args": "norm_layer: hostile.Net"},
+    "in a list": {"class_path": "torch.nn.Sequential", "init_args": {"args": [MINE]}},
+    "instantiator": {"class_path": "lit_cifar.nets.Net", "_instantiator": "hostile.Net"},
+    "instantiator of arguments": {"class_path": "lit_cifar.nets.Net", "init_args": {"_instantiator": "hostile.Net"}},
+    "key": {"class_path": "torch.nn.ModuleDict", "init_args": {"modules": {"a": "hostile.Net"}}},
+    "through a trusted module": {
+        "class_path": "lit_cifar.sweep.subprocess.Popen",
+        "init_args": {"args": ["touch", str(CANARY)]},
+    },
+    "a function of a trusted module": {"class_path": "lit_cifar.download.os.mkdir", "init_args": {"path": str(CANARY)}},
+    "a callable argument": {
+        "class_path": "torch.nn.TransformerEncoderLayer",
+        "init_args": {
+            "d_model": 8,
+            "nhead": 1,
+            "activation": {"class_path": "lit_cifar.sweep.subprocess.Popen", "init_args": {"args": "canary"}},
+        },
+    },
+    "a file": "./net-1.yaml",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+def test_a_net_of_a_stranger_is_not_imported(
+    content: dict[str, Any], net: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("hostile.py").write_text(f"open({str(CANARY)!r}, 'w')\nfrom lit_cifar.nets import Net\n")
+    Path("net-1.yaml").write_text("class_path: hostile.Net\n")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    content["lit_cifar"]["config"]["model"]["net"] = net
+    all_commands(save(content))
+    assert "hostile" not in sys.modules
+    monkeypatch.delitem(sys.modules, "hostile", raising=False)
+
+
+@pytest.mark.parametrize("section", ["trainer", "model", "data", "checkpoint"])
+@pytest.mark.parametrize("value", [MINE, [MINE], "[{class_path: hostile.Net}]", "_instantiator: hostile.Net"])
+def test_a_setting_of_a_stranger_is_not_imported(
+    content: dict[str, Any], section: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("hostile.py").write_text(f"open({str(CANARY)!r}, 'w')\nfrom lit_cifar.nets import Net\n")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    key = {"trainer": "callbacks", "model": "net", "data": "transform", "checkpoint": "monitor"}[section]
+    content["lit_cifar"]["config"][section][key] = value
+    path = save(content)
+    try:
+        assert "hostile.Net" in error_of(lit_cifar.fit.main, ["--resume", str(path)])
+    finally:
+        os.environ.pop(RESUME_VARIABLE, None)
+
+
+def spoilt(content: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    return {**content, **parts}
+
+
+def circular() -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    config["model"] = {"net": config}
+    return config
+
+
+def laughs() -> list[Any]:
+    values: list[Any] = ["ha.ha"]
+    for _ in range(9):
+        values = [values] * 10
+    return values
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: spoilt(content, lit_cifar=[]),
+        lambda content: spoilt(content, lit_cifar={"config": [1], "classes": []}),
+        lambda content: spoilt(content, lit_cifar={"config": {"model": 1}, "classes": []}),
+        lambda content: spoilt(content, lit_cifar={"config": circular(), "classes": []}),
+        lambda content: spoilt(content, lit_cifar={"config": {"model": {"net": laughs()}}, "classes": []}),
+        lambda content: spoilt(content, lit_cifar={"config": {"model": {"net": "[" * 5000}}, "classes": []}),
+        lambda content: spoilt(content, lit_cifar={**content["lit_cifar"], "classes": [1]}),
+        lambda content: spoilt(content, state_dict=[]),
+        lambda content: spoilt(content, state_dict={"net.bias": 1}),
+        lambda content: spoilt(content, state_dict={1: torch.zeros(1)}),
+        lambda content: spoilt(content, state_dict={"net.bias": torch.zeros(1).expand(10**6, 10**6)}),
+        lambda content: spoilt(content, state_dict={"net.bias": torch.zeros(3).to_sparse()}),
+        lambda content: spoilt(content, global_step="1"),
+    ],
+)
+def test_a_checkpoint_of_odd_things_is_told(content: dict[str, Any], spoil: Callable[..., Any]) -> None:
+    all_commands(save(spoil(content)))
+
+
+def test_a_net_of_any_size_takes_no_memory(content: dict[str, Any]) -> None:
+    paths = []
+    for number, features in enumerate((30_000, 10**6, 10**30)):
+        settings = {"class_path": "torch.nn.Linear", "init_args": {"in_features": features, "out_features": 30_000}}
+        content["lit_cifar"]["config"]["model"]["net"] = settings
+        paths.append(save(content).rename(f"{number}.ckpt"))
+    told_within_memory("from lit_cifar import load", "load(path)", *paths)
+    all_commands(paths[0])
+
+
+def repacked(path: Path, target: str, **changes: bytes) -> Path:
+    """A checkpoint packed, with records replaced."""
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, changes.get(name.rsplit("/", 1)[-1].replace(".", "_"), archive.read(name)))
+    return Path(target)
+
+
+def test_a_checkpoint_that_is_a_bomb_takes_no_memory(content: dict[str, Any]) -> None:
+    big = save({**content, "more": Call(bytearray, 3 * 2**30)}).rename("bytearray.ckpt")
+    path = save(content)
+    lists = Path("lists.ckpt")
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(lists, "w") as stored:
+        for name in archive.namelist():
+            stored.writestr(name, b"\x80\x02" + b"]" * 2**26 if name.endswith("data.pkl") else archive.read(name))
+    # each has the sizes of what it holds, as torch would believe it
+    bombs = [repacked(path, "pickle.ckpt", data_pkl=bytes(2**28)), repacked(path, "weight.ckpt", **{"0": bytes(2**28)})]
+    told_within_memory(
+        "from lit_cifar.checkpoint import read_checkpoint", "read_checkpoint(Path(path))", big, lists, *bombs
+    )
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_seen(trained: Path) -> None:
+    good = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    weights = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    path = Path("flipped.ckpt")
+    num_told = 0
+    for place in range(0, len(good), len(good) // 60):
+        flipped = bytearray(good)
+        flipped[place] ^= 4
+        path.write_bytes(flipped)
+        try:
+            read = read_checkpoint(path)["state_dict"]
+        except UserError:
+            num_told += 1
+        else:  # it hit what no reader looks at, such as padding
+            assert all(torch.equal(weight, weights[name]) for name, weight in read.items())
+    assert num_told > 30
+
+
+# ---- archives of images ----
+
+
+def png(side: int = 32) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((side, side, 3), 7, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+GOOD = {f"{split}/{name}/0.png": png() for split in ("train", "test") for name in ("ant", "zebra")}
+
+
+def tar_of(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
+    kind = {".tar": "w", ".gz": "w:gz"}[path.suffix]
+    with tarfile.open(path, kind, format=tarfile.GNU_FORMAT) as tar:  # type: ignore[call-overload]
+        for name, data in GOOD.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        for member, data in members:
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def file_in_tar(
+    name: str, data: bytes, kind: bytes = tarfile.REGTYPE, target: str = ""
+) -> tuple[tarfile.TarInfo, bytes]:
+    member = tarfile.TarInfo(name)
+    member.size, member.type, member.linkname = len(data), kind, target
+    return member, data
+
+
+OUTSIDE = (
+    "../../train/ant/evil.png",
+    "/train/ant/evil.png",
+    "..\\..\\train\\ant\\evil.png",
+    "C:\\train\\ant\\evil.png",
+)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_that_lead_outside_are_only_names(name: str) -> None:
+    """They are left out or told, as hidden files and second trees are; whatever is read, no file is made of it."""
+    Path("deep/er").mkdir(parents=True)
+    tar_of(Path("deep/er/a.tar"), file_in_tar(name, png()))
+    with zipfile.ZipFile("deep/er/a.zip", "w") as archive:
+        for member, data in {**GOOD, name: png()}.items():
+            archive.writestr(member, data)
+    for path in (Path("deep/er/a.tar"), Path("deep/er/a.zip")):
+        try:
+            assert len(sources.read_tree(path, True).labels) in (2, 3)
+        except UserError as error:
+            if "more than one tree" not in str(error):
+                raise
+    made = {str(found) for found in Path().rglob("*") if found.is_file() and found.parts[0] != "cache"}
+    assert made == {"deep/er/a.tar", "deep/er/a.zip"}
+    assert not any(found.name == "evil.png" for found in Path("/train").rglob("*"))
+
+
+def test_links_and_devices_are_left_out() -> None:
+    Path("secret.png").write_bytes(png())
+    kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+    targets = ("/etc/passwd", str(Path("secret.png").absolute()), "../../../../secret.png", "train/ant/0.png")
+    members = [
+        file_in_tar(f"train/ant/{kind.decode()}{number}.png", b"", kind, target)
+        for kind in kinds
+        for number, target in enumerate(targets)
+    ]
+    tar_of(Path("a.tar"), *members)
+    with zipfile.ZipFile("a.zip", "w") as archive:
+        for name, data in GOOD.items():
+            archive.writestr(name, data)
+        for mode in (stat.S_IFLNK, stat.S_IFCHR, stat.S_IFIFO):
+            info = zipfile.ZipInfo(f"train/ant/{mode}.png")
+            info.external_attr = (mode | 0o777) << 16
+            archive.writestr(info, str(Path("secret.png").absolute()))
+    for name in ("a.tar", "a.zip"):
+        assert len(sources.read_tree(Path(name), True).labels) == 2
+        assert sources.read_tree(Path(name), True).images.unique().tolist() == [7]
+
+
+def deflated(num_bytes: int, wbits: int) -> bytes:
+    """So many zeros, to a million, packed in no time: a piece that can be repeated."""
+    packer = zlib.compressobj(1, wbits=wbits)
+    first = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    piece = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return first + piece * (num_bytes // 2**20 - 1)
+
+
+def test_archives_that_are_bombs_take_no_memory() -> None:
+    understated = Path("understated.zip")  # a member that says it has some MB, and unpacks to 2 GiB
+    data = deflated(2**31, -15)
+    with zipfile.ZipFile(understated, "w") as archive:
+        for name, content in GOOD.items():
+            archive.writestr(name, content)
+        archive.writestr("train/ant/bomb.png", data)
+        place = archive.getinfo("train/ant/bomb.png").header_offset
+    written = bytearray(understated.read_bytes())
+    written[place + 8] = zipfile.ZIP_DEFLATED
+    written[written.rindex(b"PK\1\2") + 10] = zipfile.ZIP_DEFLATED
+    understated.write_bytes(written)
+    paths = [understated]
+    for name, kind in (("long_name", tarfile.GNUTYPE_LONGNAME), ("pax", tarfile.XHDTYPE)):
+        header = tarfile.TarInfo("bomb")
+        header.type, header.size = kind, 2**31 - 512
+        packer = zlib.compressobj(1, wbits=31)
+        start = packer.compress(header.tobuf(tarfile.GNU_FORMAT)) + packer.flush(zlib.Z_FULL_FLUSH)
+        paths.append(Path(f"{name}.tar.gz"))
+        paths[-1].write_bytes(start + data)
+    told_within_memory("from lit_cifar import sources", "sources.read_tree(Path(path), True)", *paths)
+    told_within_memory(
+        "from lit_cifar import sources",
+        "sources.find_source(Path(path), 'cifar10'), sources.read_tree(Path(path), True)",
+        *paths[2:],
+    )
+
+
+def test_images_that_are_bombs_take_no_memory() -> None:
+    claimed = bytearray(png())
+    claimed[16:24] = struct.pack(">II", 50_000, 50_000)
+    claimed[29:33] = struct.pack(">I", zlib.crc32(claimed[12:29]))
+    paths = []
+    for number, data in enumerate((bytes(claimed), bomb(50_000), bomb(13_000))):  # the last is small enough for Pillow
+        paths.append(Path(f"{number}.tar"))
+        tar_of(paths[-1], *(file_in_tar(f"train/ant/{copy}.png", data) for copy in "abcd"))
+    told_within_memory("from lit_cifar import sources", "sources.read_tree(Path(path), True)", *paths)
+
+
+def test_an_image_is_not_given_to_another_program(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("started a program"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(canary) (w) file\n%%EOF\n"
+    with pytest.raises(UserError, match="cannot be decoded as an image"):
+        sources.decode_image(eps)
+
+
+# ---- configs ----
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['touch canary']",
+        "model: !!python/object/apply:os.mkdir [canary]",
+        "data: !!python/object/new:os.mkdir [canary]",
+        "seed_everything: !!python/name:os.system",
+        "model: !!python/module:this",
+    ],
+)
+def test_a_config_makes_no_python_objects(text: str) -> None:
+    Path("config.yaml").write_text(text)
+    assert "config.yaml" in error_of(lit_cifar.fit.main, ["--config", "config.yaml"])
