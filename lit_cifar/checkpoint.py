@@ -318,7 +318,7 @@ def find_checkpoint(resume: str, save_dir: Path) -> Path | None:
     """
     if resume not in ("auto", "if-any"):
         path = Path(resume)
-        if path.is_dir():
+        if states_of(path):
             return _newest_whole(path, resume)
         if not path.is_file():
             raise UserError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_cifar.checkpoint import (
@@ -137,13 +138,19 @@ def test_saving_every_0_steps_is_refused() -> None:
     assert "every_n_train_steps 0" in error_of(Checkpoints, 0)
 
 
-def test_a_resumed_run_continues_the_random_draws() -> None:
+def test_a_resumed_run_continues_the_random_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoints, "_take_signals", lambda self: None)  # nobody would give them back
+
+    def trainer(world_size: int) -> Trainer:
+        place = {"global_rank": 0, "is_global_zero": True, "log_dir": None}
+        return SimpleNamespace(global_step=7, world_size=world_size, **place)  # type: ignore[return-value]
+
     torch.manual_seed(5)
     state = get_random_state()
     draws = torch.rand(3)
     callback = Checkpoints()
     callback.load_state_dict({"best_score": 0.5, "random_states": [state]})
-    callback.on_train_start(SimpleNamespace(global_step=7, world_size=1, global_rank=0), None)  # type: ignore[arg-type]
+    callback.on_train_start(trainer(1), None)  # type: ignore[arg-type]
     assert torch.equal(torch.rand(3), draws)
     callback.load_state_dict({"best_score": 0.5, "random_states": [state]})
     set_random_state(state)
@@ -151,7 +158,7 @@ def test_a_resumed_run_continues_the_random_draws() -> None:
     following = torch.rand(3)
     set_random_state(state)
     torch.rand(3)
-    callback.on_train_start(SimpleNamespace(global_step=7, world_size=2, global_rank=0), None)  # type: ignore[arg-type]
+    callback.on_train_start(trainer(2), None)  # type: ignore[arg-type]
     assert torch.equal(torch.rand(3), following), "on another number of ranks the draws are left alone"
 
 
@@ -207,13 +214,16 @@ def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / RUNS) in error_of(lambda: RunLogger(str(tmp_path)).version)
 
 
+OURS = {"state_dict": {}, "global_step": 1, "lit_cifar": {"classes": ["cat", "dog"], "config": {}}}
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     for version in (9, 10, 11):
         folder = tmp_path / RUNS / f"version_{version}" / "checkpoints"
         folder.mkdir(parents=True)
         if version != 11:  # stopped before its first checkpoint
-            (folder / "last.ckpt").touch()
+            torch.save(OURS, folder / "last.ckpt")
     return tmp_path / RUNS
 
 
