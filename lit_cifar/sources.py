@@ -133,7 +133,10 @@ def _official_folder(folder: Path, dataset: str) -> Path | None:
 
 def _published_in(path: Path) -> str | None:
     # A damaged archive must not pass for "none of them" by raising here: its name decides then.
-    with contextlib.suppress(OSError, EOFError, tarfile.TarError), tarfile.open(path, "r:gz") as tar:
+    with (
+        contextlib.suppress(OSError, EOFError, tarfile.TarError),
+        tarfile.open(path, "r:gz", tarinfo=_StrictTarInfo) as tar,
+    ):
         first = tar.next()
         for dataset, spec in ARCHIVES.items():
             if first is not None and PurePosixPath(first.name).parts[:1] == (spec.folder,):

@@ -43,7 +43,10 @@ for path in sys.argv[1:]:
         {call}
     except UserError as error:
         print(path, "told", str(error).isprintable())
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+try:  # ru_maxrss counts what the parent had, on Linux
+    print(1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
+except FileNotFoundError:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
@@ -432,3 +435,11 @@ def test_an_image_is_not_given_to_another_program(trained: Path, monkeypatch: py
 def test_a_config_makes_no_python_objects(text: str) -> None:
     Path("config.yaml").write_text(text)
     assert "config.yaml" in error_of(lit_cifar.fit.main, ["--config", "config.yaml"])
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x80", "lr: é".encode("latin-1"), b"[" * 5000, b"model: " + b"{a: " * 3000, b"\0", b"&a [*a]"]
+)
+def test_a_config_of_other_bytes_is_told(data: bytes) -> None:
+    Path("config.yaml").write_bytes(data)
+    error_of(lit_cifar.fit.main, ["--config", "config.yaml", "--print_config"])

@@ -19,6 +19,7 @@ import torch
 from conftest import JPEG
 from filelock import FileLock
 from PIL import Image
+from test_checkpoint import disk_with_room_for
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from lit_cifar import sources
@@ -480,6 +481,15 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_way_out(
     message = error_of(lambda: read_tree(tree, True))
     assert str(tmp_path / "file" / "cache") in message
     assert "LIT_CIFAR_CACHE" in message
+
+
+@pytest.mark.parametrize("room", [0, 5_000, 13_000, 30_000])
+def test_a_disk_that_fills_up_while_decoding_is_told_and_nothing_is_trusted(tree: Path, cache: Path, room: int) -> None:
+    with disk_with_room_for(room):
+        message = error_of(lambda: read_tree(tree, True))
+    assert f"cannot write the cache folder {cache} (File too large)" in message
+    assert not list(cache.glob("*.zip"))
+    check(tree)
 
 
 # ---- errors, each in one line that names what is wrong ----
