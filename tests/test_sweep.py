@@ -192,7 +192,7 @@ def test_each_trial_has_its_hyperparameters_on_tensorboard() -> None:
     session = events.PluginTagToContent("hparams")
     start = plugin_data_pb2.HParamsPluginData.FromString(session["_hparams_/session_start_info"]).session_start_info
     trial = trial_of("version_0")
-    assert start.hparams["data.augment.crop"].number_value == 3
+    assert start.hparams["data.augment.crop"].string_value == "3"  # as typed: choices are texts
     assert start.hparams["trainer.gradient_clip_val"].number_value == trial["values"]["trainer.gradient_clip_val"]
     experiment = plugin_data_pb2.HParamsPluginData.FromString(session["_hparams_/experiment"]).experiment
     assert "val/accuracy" in [info.name.tag for info in experiment.metric_infos]
