@@ -1,13 +1,18 @@
-"""What a person sees while a net trains: running loss, speed, each device's share, the progress bar, TensorBoard's
-pages. Training logic is not here, pictures are drawn in pictures, and callbacks do not know one another."""
+"""What a person sees while a net trains: running loss, speed, each device's share, warnings, the progress bar,
+TensorBoard's pages. Training logic is not here, watch judges, pictures draws, and callbacks do not know one another."""
 
+import contextlib
+import math
+import os
 import re
+import shutil
+import socket
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -18,19 +23,20 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from lit_cifar import pictures
+from lit_cifar import log, pictures
 from lit_cifar.errors import DivergedError, UserError
 from lit_cifar.loader import DeviceLoader, TrainBatches
 from lit_cifar.module import Classifier, LitClassifier
 from lit_cifar.report import commit, peak_memory, versions
+from lit_cifar.watch import Watch
 
 NUM_TRAINING_IMAGES = 32  # in the picture of what the net is given
 CLASSES_A_CHART = 10  # more lines cannot be told apart
 
 
 class RunningLoss(Callback):
-    """Logs loss, gradient norm, learning rates and speed, prints the running loss, the speed and the time left, and
-    stops a training whose loss is no longer finite.
+    """Logs loss, gradient norm, learning rates and speed, prints the running loss, the speed and the time left, warns
+    of what Watch finds in them, and stops a training whose loss or gradients are no longer finite.
 
     Losses stay on the device until they are logged, so that nothing waits for the device between logging steps. Each
     mean is over all ranks and all steps since the one before. Times leave out validation and what else happens between
@@ -51,6 +57,8 @@ class RunningLoss(Callback):
         self._logged_step = 0
         self._waited_seconds = 0.0
         self._watches = {"logged": Stopwatch(), "printed": Stopwatch()}
+        self._watch = Watch()
+        self._run = Path()
         self.train_started = 0.0  # on time.perf_counter's clock
         self.first_step_seconds = 0.0  # with what comes with it once: warming up, compiling
 
@@ -58,10 +66,11 @@ class RunningLoss(Callback):
         self._log_every = int(trainer.log_every_n_steps) or self.every_n_steps  # type: ignore[attr-defined]
         self._losses = torch.empty(self._log_every, device=pl_module.device)
         self._logged_step = trainer.global_step
-        run = Path(trainer.log_dir or ".")  # asked for on every rank: rank 0 broadcasts it
+        self._watch = Watch()
+        self._run = Path(trainer.log_dir or ".")  # asked for on every rank: rank 0 broadcasts it
         if trainer.is_global_zero:
             num_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
-            write(trainer, f"training {num_parameters:,} parameters; run folder {run}")
+            write(trainer, f"training {num_parameters:,} parameters; run folder {self._run}")
         self.train_started, self.first_step_seconds = time.perf_counter(), 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -146,12 +155,14 @@ class RunningLoss(Callback):
             torch.tensor(float(len(losses) - 1 - first), device=losses.device), reduce_op="max"
         )
         step = trainer.global_step - int(steps_ago)
-        kept = Path(trainer.log_dir or ".") / "checkpoints" / "last.ckpt"
-        way_out = f"go on from {kept} with --resume and a smaller --lr" if kept.is_file() else "choose a smaller --lr"
         raise DivergedError(
             f"the loss is not finite at step {step} (epoch {trainer.current_epoch + 1}, batch "
-            f"{batch_idx + 1 - int(steps_ago)}): {way_out}"
+            f"{batch_idx + 1 - int(steps_ago)}): {self._way_out()}"
         )
+
+    def _way_out(self) -> str:
+        kept = self._run / "checkpoints" / "last.ckpt"
+        return f"go on from {kept} with --resume and a smaller --lr" if kept.is_file() else "choose a smaller --lr"
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logged_step = trainer.global_step
@@ -159,11 +170,16 @@ class RunningLoss(Callback):
         self._logged = [0.0, 0]
         if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):  # others give a rank parts of gradients
             gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-            metrics["train/gradient_norm"] = torch.nn.utils.get_total_norm(gradients).item()
+            norm = metrics["train/gradient_norm"] = torch.nn.utils.get_total_norm(gradients).item()
+            # a gradient scaler finds such gradients by itself, leaves out the step, and goes on with a smaller scale
+            if not math.isfinite(norm) and getattr(trainer.precision_plugin, "scaler", None) is None:
+                raise DivergedError(
+                    f"the gradients are not finite at step {trainer.global_step} (epoch {trainer.current_epoch + 1}), "
+                    f"though the loss is: {self._way_out()}"
+                )
         for group in trainer.optimizers[0].param_groups:
             metrics[f"lr/{group['name']}"] = group["lr"]
-        loader = trainer.train_dataloader
-        waited_seconds = loader.waited_seconds if isinstance(loader, DeviceLoader) else 0.0
+        waited_seconds = _waited_seconds(trainer)
         num_batches, seconds = self._watches["logged"].read()
         if num_batches and seconds:
             metrics["speed/images_per_second"] = num_batches * _batch_size(trainer) / seconds
@@ -175,6 +191,24 @@ class RunningLoss(Callback):
                 metrics[f"speed/peak_{name}_memory_mb"] = num_bytes / 1e6
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+        if trainer.is_global_zero:
+            self._look(trainer, pl_module, metrics)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
+        assert isinstance(pl_module, LitClassifier)
+        step, loader = trainer.global_step, trainer.train_dataloader
+        found = [self._watch.loss(step, metrics["train/loss"], len(pl_module.classes))]
+        if isinstance(loader, DeviceLoader) and "speed/step_ms" in metrics:
+            wait_ms = metrics["speed/data_wait_ms"] * trainer.accumulate_grad_batches
+            num_cores = os.cpu_count() or 1
+            found.append(self._watch.data(step, wait_ms, metrics["speed/step_ms"], loader.num_workers, num_cores))
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            with contextlib.suppress(OSError):  # whoever writes there tells what is wrong with the folder
+                last = self._run / "checkpoints" / "last.ckpt"
+                num_bytes = last.stat().st_size if last.is_file() else 0
+                found.append(self._watch.disk(step, self._run, shutil.disk_usage(self._run).free, num_bytes))
+        for warning in filter(None, found):
+            warn(trainer, warning)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # called on every rank: what is on the devices is summed, so that a resumed run's means are those of the whole
@@ -183,6 +217,9 @@ class RunningLoss(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("running_loss", {"logged": [0.0, 0], "printed": [0.0, 0]})
+        for total, count in (state["logged"], state["printed"]):
+            if not (isinstance(total, (int, float)) and isinstance(count, int) and count >= 0):
+                raise ValueError("no sums of losses")
         self._logged, self._printed = list(state["logged"]), list(state["printed"])
 
 
@@ -211,6 +248,69 @@ class DeviceShapes(Callback):
             )
 
         handle = pl_module.register_forward_hook(tell)
+
+
+class SlowRank(Callback):
+    """Warns when one rank keeps the others waiting, which nothing else shows: all ranks' steps take equally long.
+
+    Each rank measures what it does of a step by itself, up to the backward pass, in which gradients are exchanged:
+    waiting for images, and the forward pass. On a GPU the latter is the device's own time, of one step in each window,
+    so that nothing waits for the device between logging steps.
+    """
+
+    def __init__(self) -> None:
+        self._watch = Watch()
+        self._hosts: list[str] = []
+        self._events: tuple[Any, Any] | None = None
+        self._restart(0.0)
+
+    def _restart(self, waited_seconds: float) -> None:
+        self._began = time.perf_counter()
+        self._waited_seconds = waited_seconds
+        self._forward_began = self._forward_seconds = 0.0
+        self._num_batches = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._watch = Watch()
+        self._hosts = [socket.gethostname()] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(self._hosts, socket.gethostname())
+        if pl_module.device.type == "cuda":
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart(_waited_seconds(trainer))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._events:
+            self._events[0].record()
+        self._forward_began = time.perf_counter()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._forward_seconds += time.perf_counter() - self._forward_began
+        self._num_batches += 1
+        if self._events:
+            self._events[1].record()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        log_every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if trainer.world_size == 1 or not log_every or (batch_idx + 1) % log_every or not self._num_batches:
+            return
+        forward_ms = 1000 * self._forward_seconds / self._num_batches
+        if self._events:
+            self._events[1].synchronize()
+            forward_ms = self._events[0].elapsed_time(self._events[1])
+        wait_ms = 1000 * (_waited_seconds(trainer) - self._waited_seconds) / self._num_batches
+        step_ms = 1000 * (time.perf_counter() - self._began) / self._num_batches
+        mine = torch.tensor(wait_ms + forward_ms, device=pl_module.device)
+        own_ms = pl_module.all_gather(mine).tolist()  # type: ignore[union-attr]
+        self._restart(_waited_seconds(trainer))
+        if trainer.is_global_zero:
+            warning = self._watch.ranks(trainer.global_step, own_ms, step_ms, self._hosts)
+            if warning:
+                warn(trainer, warning)
 
 
 class Dashboard(Callback):
@@ -406,6 +506,11 @@ def _batch_size(trainer: Trainer) -> int:
     return int(trainer.datamodule.batch_size)  # type: ignore[attr-defined]
 
 
+def _waited_seconds(trainer: Trainer) -> float:
+    loader = trainer.train_dataloader
+    return loader.waited_seconds if isinstance(loader, DeviceLoader) else 0.0
+
+
 def _time_left(trainer: Trainer, batch_idx: int, seconds_a_batch: float) -> str:
     """Of the training, for the end of a line; nothing where its end is not known."""
     num_batches = int(trainer.num_training_batches)
@@ -424,9 +529,21 @@ def _time_left(trainer: Trainer, batch_idx: int, seconds_a_batch: float) -> str:
 
 
 def write(trainer: Trainer, line: str) -> None:
-    """Writes a whole line to standard output at once, above the progress bar where there is one."""
-    if isinstance(trainer.progress_bar_callback, TQDMProgressBar) and trainer.progress_bar_callback.is_enabled:
-        trainer.progress_bar_callback.print(line)
-    else:
-        sys.stdout.write(line + "\n")
+    """Says what goes on: a whole line to standard output at once, above the progress bar where there is one."""
+    if log.is_said("info"):
+        _write(trainer, line, sys.stdout)
+
+
+def warn(trainer: Trainer, line: str) -> None:
+    """Says what someone may have to do something about, in a line on standard error."""
+    if log.is_said("warning"):
         sys.stdout.flush()
+        _write(trainer, f"lit_cifar: warning: {line}", sys.stderr)
+
+
+def _write(trainer: Trainer, line: str, file: TextIO) -> None:
+    if isinstance(trainer.progress_bar_callback, TQDMProgressBar) and trainer.progress_bar_callback.is_enabled:
+        trainer.progress_bar_callback.print(line, file=file)
+    else:
+        file.write(line + "\n")
+        file.flush()

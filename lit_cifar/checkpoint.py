@@ -7,7 +7,6 @@ import pickle
 import pickletools
 import re
 import signal
-import sys
 import threading
 import time
 import zipfile
@@ -23,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_cifar import log
 from lit_cifar.errors import DivergedError, UserError
 from lit_cifar.files import replaced
 from lit_cifar.folders import RUNS, run_version
@@ -226,8 +226,12 @@ class Checkpoints(Checkpoint):
         return {"best_score": self.best_score, "random_states": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_score = state_dict["best_score"]
-        self._random_states = state_dict["random_states"]
+        best_score, random_states = state_dict["best_score"], state_dict["random_states"]
+        here = torch.get_rng_state()
+        fits = all(state["cpu"].shape == here.shape and state["cpu"].dtype == here.dtype for state in random_states)
+        if not (fits and isinstance(best_score, (float, type(None)))):
+            raise ValueError("no state of Checkpoints")
+        self.best_score, self._random_states = best_score, random_states
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for name, weight in checkpoint["state_dict"].items():
@@ -347,7 +351,7 @@ def _newest_whole(run: Path, resume: str) -> Path:
             read_checkpoint(path)
         except UserError as error:
             if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-                print(f"{error}: passed over", file=sys.stderr, flush=True)
+                log.warn(f"{error}: passed over")
         else:
             return path
     raise UserError(f"--resume {resume}: {run} has no checkpoint that is whole; start anew without --resume")
@@ -423,12 +427,8 @@ def _is_ours(checkpoint: Any) -> bool:
     weights, ours = checkpoint["state_dict"], checkpoint["lit_cifar"]
     if not (isinstance(weights, dict) and isinstance(ours, dict) and isinstance(checkpoint.get("global_step", 0), int)):
         return False
-    for name, weight in weights.items():
-        if not (isinstance(name, str) and isinstance(weight, torch.Tensor) and weight.layout == torch.strided):
-            return False
-        # one stored number may pose as the weights of any size
-        if weight.numel() * weight.element_size() > weight.untyped_storage().nbytes():
-            return False
+    if not all(isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in weights.items()):
+        return False
     classes, config = ours.get("classes", []), ours.get("config") or {}
     return (
         isinstance(classes, list)
@@ -436,11 +436,16 @@ def _is_ours(checkpoint: Any) -> bool:
         and isinstance(config, dict)
         and all(isinstance(config.get(section, {}), dict) for section in ("model", "data", "trainer", "checkpoint"))
         and _is_plain(ours)
+        and _is_plain(checkpoint, (torch.Tensor, tuple))
     )
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether it is what YAML could hold, a tree and of a sane size: no references to itself, nor a million to one."""
+def _is_plain(value: Any, more: tuple[type, ...] = ()) -> bool:
+    """Whether it is what YAML could hold, a tree and of a sane size: no references to itself, nor a million to one.
+
+    Args:
+        more: what it may hold besides, tuples or tensors.
+    """
     values = [(value, 0)]
     num_values = 0
     while values:
@@ -450,8 +455,12 @@ def _is_plain(value: Any) -> bool:
             return False
         if isinstance(value, dict):
             values += [(inner, depth + 1) for pair in value.items() for inner in pair]
-        elif isinstance(value, list):
+        elif isinstance(value, list) or (isinstance(value, tuple) and tuple in more):
             values += [(inner, depth + 1) for inner in value]
+        elif isinstance(value, torch.Tensor) and torch.Tensor in more:
+            # one stored number may pose as the weights of any size
+            if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                return False
         elif isinstance(value, str):
             if len(value) > MAX_CONFIG_TEXT:
                 return False

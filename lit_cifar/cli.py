@@ -10,9 +10,10 @@ import os
 import pkgutil
 import re
 import shlex
+import socket
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -28,8 +29,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_cifar import errors, loop
-from lit_cifar.callbacks import Dashboard, DeviceShapes, ProgressBar, RunningLoss
+from lit_cifar import errors, log, loop
+from lit_cifar.callbacks import Dashboard, DeviceShapes, ProgressBar, RunningLoss, SlowRank
 from lit_cifar.checkpoint import STOPPED, Checkpoints, DurableCheckpointIO, RunLogger, Stopped, run_folder
 from lit_cifar.data import CIFAR10DataModule
 from lit_cifar.errors import UserError
@@ -76,6 +77,7 @@ OWN_FLAGS = (
     "study",
     "trials",
     "storage",
+    "log_level",
 )  # what to do this once; no part of the config
 DEFAULT_NET, DEFAULT_NUM_CLASSES = "lit_cifar.nets.Net", 10
 
@@ -206,7 +208,6 @@ class CLI(LightningCLI):
         self._args, self._base, self._resume, self._logs = args, base, resume, logs
         self._command = shlex.join([*prog.split(), *args])
         self._add_arguments_of_command = add_arguments
-        quiet_lightning()
         with warnings.catch_warnings():
             # LightningCLI advises against `args` when sys.argv is not empty; here they are what was typed
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -229,6 +230,12 @@ class CLI(LightningCLI):
         assert isinstance(parser, Parser)
         parser.typed = self._args
         parser.add_argument("--seed_everything", type=int, default=0)
+        parser.add_argument(
+            "--log_level",
+            type=log.Level,
+            default="info",
+            help="what is said besides results and errors: debug, info, warning or error (default: info)",
+        )
         self._add_arguments_of_command(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -251,6 +258,7 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self.options = {key: self.config.pop(key, None) for key in OWN_FLAGS}
+        set_log_level(self.options["log_level"])
 
     def instantiate_classes(self) -> None:
         data = self._set_num_classes()
@@ -274,7 +282,8 @@ class CLI(LightningCLI):
             # a net named in place of the default one inherits the default one's value for what both take
             untouched = (parameter.default, DEFAULT_NUM_CLASSES)
             if net["init_args"]["num_classes"] in untouched:
-                net["init_args"]["num_classes"] = data.count_classes()
+                with on_each_node():
+                    net["init_args"]["num_classes"] = data.count_classes()
         return data
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -286,6 +295,8 @@ class CLI(LightningCLI):
         if not self.config["data"]["num_val"]:
             overrides["limit_val_batches"] = 0
         overrides["callbacks"] = [*_as_list(config["callbacks"]), DeviceShapes(), Dashboard(self._command)]
+        if self._has_several_devices(config):
+            overrides["callbacks"].append(SlowRank())
         if overrides.get("enable_progress_bar", config["enable_progress_bar"]):
             overrides["callbacks"].append(ProgressBar())
         overrides["plugins"] = [*_as_list(config["plugins"]), DurableCheckpointIO()]
@@ -427,10 +438,27 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def quiet_lightning() -> None:
-    """Leaves Lightning's warnings, and silences its notes on what it found and how it could be extended."""
+@contextlib.contextmanager
+def on_each_node() -> Iterator[None]:
+    """Around what reads files that each node may have of its own: what is wrong with them is told by each node."""
+    try:
+        yield
+    except UserError as error:
+        error.of_node = True
+        raise
+
+
+def set_log_level(level: str) -> None:
+    """As `log.set_level`, for Lightning's lines and Python's warnings too.
+
+    Lightning's notes on what it found, and on how it could be extended, are for 'debug'. What is not about one rank is
+    said by the first alone.
+    """
+    log.set_level(level)
     for name in ("lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel({"debug": "INFO", "error": "ERROR"}.get(level, "WARNING"))
+    if level == "error" or (log.rank() and level != "debug"):
+        warnings.simplefilter("ignore")
     # said on each machine that has Slurm, to whoever trains outside of a job
     warnings.filterwarnings("ignore", message="The `srun` command is available")
     warnings.filterwarnings("ignore", message="The number of training batches")  # RunningLoss logs short epochs too
@@ -440,18 +468,24 @@ def quiet_lightning() -> None:
 
 
 def run(command: Callable[[list[str]], None]) -> NoReturn:
-    """As `errors.run`; what Lightning refuses is the user's to mend too, and only the first process tells it.
+    """As `errors.run`; what Lightning refuses is the user's to mend too.
 
-    A training that a signal stopped ends with code STOPPED.
+    Only the first process tells it, and of what may be wrong on one node alone the first of each node. A training that
+    a signal stopped ends with code STOPPED.
     """
 
     def on_this_rank(args: list[str]) -> None:
+        level = value_of("log_level", args)  # before anything is said; a config may set it too
+        set_log_level(level if level in log.LEVELS else "info")
         try:
             command(args)
         except (UserError, MisconfigurationException) as error:
-            if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-                sys.exit(2)
-            raise UserError(str(error)) from error
+            rank = rank_zero_only.rank  # type: ignore[attr-defined]
+            if rank == 0:
+                raise UserError(str(error)) from error
+            if getattr(error, "of_node", False) and log.local_rank() == 0:
+                raise UserError(f"rank {rank} on {socket.gethostname()}: {error}") from error
+            sys.exit(2)
         except Stopped as stopped:
             if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
                 sys.stdout.flush()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from lit_cifar import log
 from lit_cifar.errors import UserError
 from lit_cifar.files import sync_folder
 
@@ -203,7 +204,7 @@ class _Download:
         except _MixedError:
             self.alone = True  # nobody's bytes mix any more, so this happens once
             mirror = self._rounds()
-        _say(f"{self.spec.title} is complete and verified, from {_host(mirror)}")
+        log.tell(f"{self.spec.title} is complete and verified, from {_host(mirror)}")
 
     def _rounds(self) -> str:
         """Gives the mirror that completed the archive: all are tried once, then those that have bytes at any rate."""
@@ -241,7 +242,8 @@ class _Download:
         if self._finish():
             return True
         if givers != {mirror}:
-            _say(f"wrong SHA-256 of bytes from {', '.join(sorted(map(_host, givers)))}: thrown away, starting afresh")
+            hosts = ", ".join(sorted(map(_host, givers)))
+            log.warn(f"wrong SHA-256 of bytes from {hosts}: thrown away, starting afresh")
             raise _MixedError
         self.liars.add(mirror)
         self._leave(mirror, "its bytes have the wrong SHA-256 and were thrown away")
@@ -363,7 +365,7 @@ class _Download:
 
     def _leave(self, mirror: str, reason: str) -> None:
         self.reasons[mirror] = reason
-        _say(f"left {_host(mirror)}: {reason}")
+        log.tell(f"left {_host(mirror)}: {reason}")
 
     def _failure(self) -> str:
         reasons = [f"{_host(mirror)}: {self.reasons[mirror]}" for mirror in self.mirrors if mirror in self.reasons]
@@ -386,7 +388,7 @@ class _Progress:
         self.spec, self.report_seconds, self.first_size = spec, report_seconds, size
         self.started_at = self.reported_at = time.monotonic()
         self.bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and log.is_said("info"):
             from tqdm import tqdm
 
             self.bar = tqdm(
@@ -394,7 +396,7 @@ class _Progress:
             )
         else:
             continued = f", continued after {size} bytes" if size else ""
-            _say(f"downloading {spec.title} ({spec.num_bytes / 1e6:.0f} MB) from {host}{continued}")
+            log.tell(f"downloading {spec.title} ({spec.num_bytes / 1e6:.0f} MB) from {host}{continued}")
 
     def update(self, size: int) -> None:
         now = time.monotonic()
@@ -404,7 +406,7 @@ class _Progress:
             self.reported_at = now
             rate = (size - self.first_size) / (now - self.started_at)
             left = (self.spec.num_bytes - size) / rate
-            _say(f"{size / self.spec.num_bytes:.0%} of {self.spec.title}, {rate / 1e6:.2f} MB/s, {left:.0f} s left")
+            log.tell(f"{size / self.spec.num_bytes:.0%} of {self.spec.title}, {rate / 1e6:.2f} MB/s, {left:.0f} s left")
 
     def close(self) -> None:
         if self.bar is not None:
@@ -422,7 +424,7 @@ def _locked(folder: Path, spec: Archive, limits: Limits) -> Iterator[None]:
         try:
             lock.acquire(timeout=limits.quiet_seconds)
         except Timeout:
-            _say(f"waiting for another process that makes {spec.title} ready in {folder}")
+            log.tell(f"waiting for another process that makes {spec.title} ready in {folder}")
             lock.acquire(poll_interval=0.5)  # sparing a file server that many nodes ask
         except (
             NotImplementedError
@@ -506,7 +508,3 @@ def _reason(error: BaseException) -> str:
 def _close_late(opening: "futures.Future[requests.Response]") -> None:
     if not opening.exception():
         opening.result().close()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

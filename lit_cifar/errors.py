@@ -9,6 +9,8 @@ from typing import NoReturn
 class UserError(ValueError):
     """Bad input: the message is one line that names the cause and the way out; commands exit with 2."""
 
+    of_node = False  # whether it may be wrong on this node and on no other
+
 
 class DivergedError(UserError):
     """A training whose loss or weights are no longer finite."""

@@ -5,6 +5,7 @@ import time
 _started = time.perf_counter()  # before the imports, which are part of what a run costs
 
 import os  # noqa: E402
+import traceback  # noqa: E402
 from datetime import datetime, timezone  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -53,9 +54,10 @@ def prepare(command: cli.CLI, *stages: str, checkpoint: dict[str, Any] | None = 
         UserError: the data are missing or damaged, or the settings do not suit them.
     """
     data = command.datamodule
-    data.prepare_data()
-    for stage in stages:
-        data.setup(stage)
+    with cli.on_each_node():
+        data.prepare_data()
+        for stage in stages:
+            data.setup(stage)
     data.train_batches()
     if checkpoint:
         command.model.check_fits(checkpoint, data.classes)
@@ -74,7 +76,16 @@ def train(command: cli.CLI, started: float, path: Path | None = None) -> dict[st
     """
     trainer = command.trainer
     fit_started = time.perf_counter()
-    trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
+    try:
+        trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
+    except Exception as error:
+        # what a state must look like is known to whoever takes it: Lightning's loops, torch's optimisers, callbacks
+        if path and not isinstance(error, UserError) and _in_restoring(error):
+            raise UserError(
+                f"--resume: the state of the training in {path} is spoilt or another version's "
+                f"({type(error).__name__}: {error}): name another checkpoint, or start anew without --resume"
+            ) from error
+        raise
     fit_seconds = time.perf_counter() - fit_started
     running_loss = next(callback for callback in trainer.callbacks if isinstance(callback, RunningLoss))  # type: ignore[attr-defined]
     return {
@@ -82,6 +93,11 @@ def train(command: cli.CLI, started: float, path: Path | None = None) -> dict[st
         "first_step": running_loss.first_step_seconds,
         "fit": fit_seconds,
     }
+
+
+def _in_restoring(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name.startswith(("restore", "_restore", "_load_combined_loader_states")) for frame in frames)
 
 
 def finish(command: cli.CLI, started: float, seconds: dict[str, float]) -> None:

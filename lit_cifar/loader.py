@@ -158,6 +158,7 @@ class DeviceLoader:
         self._start = 0  # batch at which the next iteration starts; 0 again after it
         self._state = {"epoch": 0, "batch": 0}
         self.waited_seconds = 0.0  # that whoever iterates has spent waiting for batches
+        self.num_workers = num_workers if transform is not None else None  # None: images are made on the device
         if transform is None:
             self.images, self.labels = split.images.to(device), split.labels.to(device)
             self._workers = None
@@ -196,7 +197,13 @@ class DeviceLoader:
         return dict(self._state)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues at a position from `state_dict`, on any number of ranks."""
+        """Continues at a position from `state_dict`, on any number of ranks.
+
+        Raises:
+            ValueError: it is no position.
+        """
+        if not all(isinstance(state[key], int) and state[key] >= 0 for key in ("epoch", "batch")):
+            raise ValueError(f"no position in the data: {state}")
         self._epoch, self._start = state["epoch"], state["batch"]
         self._state = dict(state)
 

@@ -357,7 +357,18 @@ class LitClassifier(LightningModule):
         ] or [{"name": "net", **own}]
 
     def on_train_start(self) -> None:
-        """Lets flags given on a resume count: a restored optimiser comes with its checkpoint's settings."""
+        """Lets flags given on a resume count: a restored optimiser comes with its checkpoint's settings.
+
+        Raises:
+            UserError: its state is that of other weights, which torch does not look at.
+        """
+        for weight, state in self.trainer.optimizers[0].state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != weight.shape:
+                    raise UserError(
+                        f"--resume: the optimiser's {name} is {tuple(value.shape)} in the checkpoint, for a weight of "
+                        f"{tuple(weight.shape)}: name another checkpoint, or start anew without --resume"
+                    )
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         settings = self.settings()
         factor = 1.0

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_cifar import shapes
+from lit_cifar import log, shapes
 from lit_cifar.download import ARCHIVES
 from lit_cifar.errors import UserError
 
@@ -506,10 +506,10 @@ def _decode(source: Contents, spool: IO[bytes]) -> "tuple[dict[str, Any], dict[K
     keys: list[Key] = []
     positions: dict[Key, int] = {}
     num_resized = 0
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr.isatty() and log.is_said("info")
     started_at = time.perf_counter()
     if not terminal:
-        print(f"decoding the images of {source.path}", file=sys.stderr, flush=True)
+        log.tell(f"decoding the images of {source.path}")
 
     def encoded() -> Iterator[tuple[Key, bytes]]:
         for key, data in source.members():
@@ -531,9 +531,9 @@ def _decode(source: Contents, spool: IO[bytes]) -> "tuple[dict[str, Any], dict[K
             progress.update()
     if not terminal:
         seconds = time.perf_counter() - started_at
-        print(f"decoded {len(positions)} images in {seconds:.1f} s", file=sys.stderr, flush=True)
+        log.tell(f"decoded {len(positions)} images in {seconds:.1f} s")
     if num_resized:
-        print(f"{num_resized} of {len(positions)} images were not 32x32 and were resized", file=sys.stderr, flush=True)
+        log.tell(f"{num_resized} of {len(positions)} images were not 32x32 and were resized")
     classes = _classes(source.path, keys)
     header: dict[str, Any] = {"fingerprint": source.fingerprint, "classes": classes}
     for split in SPLITS:

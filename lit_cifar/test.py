@@ -30,8 +30,9 @@ def main(args: list[str]) -> None:
     if checkpoint is None:
         raise UserError("--ckpt_path FILE is missing: name a checkpoint, such as a run's checkpoints/last.ckpt")
     trainer, model, data = command.trainer, command.model, command.datamodule
-    data.prepare_data()
-    data.setup("test")
+    with cli.on_each_node():
+        data.prepare_data()
+        data.setup("test")
     model.check_fits(checkpoint, data.classes)
     model.set_classes(data.classes)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from typing import Any
 
 import torch
@@ -24,6 +25,45 @@ class Bug(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         raise AssertionError("a bug of ours")
+
+
+class ScaleWeights(Callback):
+    """Multiplies the net's weights at a step, as a learning rate that is far too large may."""
+
+    def __init__(self, step: int, factor: float) -> None:
+        self.step, self.factor = step, factor
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                for weight in pl_module.parameters():
+                    weight.mul_(self.factor)
+
+
+class SpoilGradients(Callback):
+    """Puts an infinite number among the gradients of a step whose loss is finite."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step + 1 == self.step:
+            gradient = next(pl_module.parameters()).grad
+            assert gradient is not None
+            gradient.view(-1)[0] = torch.inf
+
+
+class SlowTransform(torch.nn.Module):
+    """Takes its time for each image, on one rank or on all."""
+
+    def __init__(self, seconds: float, rank: int | None = None) -> None:
+        super().__init__()
+        self.seconds, self.rank = seconds, rank
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        if self.rank in (None, int(os.environ.get("LOCAL_RANK", "0"))):
+            time.sleep(self.seconds)
+        return image
 
 
 class NoWaiting(Callback):

@@ -232,6 +232,55 @@ def test_a_checkpoint_of_odd_things_is_told(content: dict[str, Any], spoil: Call
     all_commands(save(spoil(content)))
 
 
+def momentum(content: dict[str, Any], value: Any) -> list[Any]:
+    (optimizer,) = content["optimizer_states"]
+    return [{**optimizer, "state": {**optimizer["state"], 0: {"momentum_buffer": value}}}]
+
+
+def loops(content: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    return {**content["loops"], "fit_loop": {**content["loops"]["fit_loop"], **parts}}
+
+
+def callbacks(content: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    return {name: {**state, **parts} for name, state in content["callbacks"].items()}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: {key: value for key, value in content.items() if key != "loops"},
+        lambda content: spoilt(content, loops=[]),
+        lambda content: spoilt(content, loops={"fit_loop": 1}),
+        lambda content: spoilt(content, loops=loops(content, epoch_progress={"total": "many"})),
+        lambda content: spoilt(
+            content, loops=loops(content, state_dict={"combined_loader": [{"epoch": 0, "batch": -5}]})
+        ),
+        lambda content: spoilt(content, loops=loops(content, state_dict={"combined_loader": [{"epoch": "0"}]})),
+        lambda content: spoilt(content, optimizer_states=[]),
+        lambda content: spoilt(content, optimizer_states=[1]),
+        lambda content: spoilt(content, optimizer_states=[{"state": {}, "param_groups": []}]),
+        lambda content: spoilt(content, optimizer_states=momentum(content, torch.zeros(7))),
+        lambda content: spoilt(content, optimizer_states=momentum(content, torch.zeros(1).expand(10**6, 10**6))),
+        lambda content: spoilt(content, lr_schedulers=[{"last_epoch": "soon"}]),
+        lambda content: spoilt(content, callbacks=7),
+        lambda content: spoilt(content, callbacks=callbacks(content, random_states=[{"cpu": torch.zeros(3)}])),
+        lambda content: spoilt(content, callbacks=callbacks(content, random_states=3)),
+        lambda content: spoilt(content, callbacks=callbacks(content, best_score="high")),
+        lambda content: spoilt(content, running_loss={"logged": ["much", 1], "printed": [0.0, 0]}),
+        lambda content: spoilt(content, running_loss={"logged": [0.0, -5], "printed": [0.0, 0]}),
+        lambda content: spoilt(content, running_loss=[]),
+        lambda content: spoilt(content, **{"pytorch-lightning_version": "one"}),
+    ],
+)
+def test_a_training_of_odd_states_is_told_when_it_is_to_go_on(
+    content: dict[str, Any], spoil: Callable[..., Any]
+) -> None:
+    path = save(spoil(content))
+    told = error_of(lit_cifar.fit.main, ["--resume", str(path), "--max_epochs", "2", "--trainer.accelerator", "cpu"])
+    assert told.isprintable()
+    assert not list(Path("lightning_logs").glob("*/checkpoints/*"))
+
+
 def test_a_net_of_any_size_takes_no_memory(content: dict[str, Any]) -> None:
     paths = []
     for number, features in enumerate((30_000, 10**6, 10**30)):

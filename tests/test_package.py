@@ -12,8 +12,8 @@ from conftest import ROOT
 PACKAGE = ROOT / "lit_cifar"
 # from left to right; a group's modules do not import one another, but where an order is told
 LAYERS = [
-    {"errors", "files", "folders", "text"},
-    {"augment", "nets", "optim", "download", "shapes", "metrics"},
+    {"errors", "files", "folders", "log", "text"},
+    {"augment", "nets", "optim", "download", "shapes", "metrics", "watch"},
     {"sources"},
     {"loader"},
     {"report"},

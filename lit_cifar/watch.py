@@ -1,0 +1,83 @@
+"""What of a training's figures is worth a warning, and its words: each is said once. Measuring is callbacks'; what a
+training cannot survive ends it with an error there."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+STARVES = 0.5  # share of a step that it waits for its images
+LAGS, LAG_OF_STEP = 1.3, 0.1  # times what the other ranks take, and the difference as a share of the step
+IN_A_ROW = 3  # times that what comes and goes with a machine's load must be seen
+CHECKPOINTS_LEFT = 3  # that must have room on the disk
+ROOM_BYTES = 50_000_000  # for events and reports, besides
+
+
+class Watch:
+    """Judges the figures of a training that goes on, each time over the steps since the time before.
+
+    A method gives the warning when there is something to say that was not said yet, and None otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+        self._in_a_row = {"starves": 0, "lags": 0}
+        self._slowest: int | None = None
+
+    def loss(self, step: int, loss: float, num_classes: int) -> str | None:
+        """Of a mean cross-entropy. Guessing costs ln K; a loss twice that is on its way up, whatever it was before."""
+        guessing = math.log(num_classes)
+        return self._once(
+            "explodes",
+            loss > 2 * guessing,
+            f"the loss is {loss:.4g} at step {step}, where guessing costs {guessing:.3f}: the training diverges; stop "
+            "it and choose a smaller --lr, or let it begin small with --model.warmup",
+        )
+
+    def data(self, step: int, wait_ms: float, step_ms: float, num_workers: int | None, num_cores: int) -> str | None:
+        """Of the time that a step waits for its images; `num_workers` is None where no workers make them."""
+        if num_workers is None:
+            way_out = "choose less --data.augment, or a faster device for it"
+        elif num_workers < num_cores:
+            way_out = f"raise --data.num_workers, which is {num_workers} on {num_cores} CPU cores"
+        else:
+            way_out = f"choose a cheaper --data.transform, since {num_workers} workers keep all CPU cores busy"
+        return self._once(
+            "starves",
+            self._repeated("starves", wait_ms > STARVES * step_ms),
+            f"a step waits {wait_ms:.1f} of its {step_ms:.1f} ms for images (step {step}): {way_out}",
+        )
+
+    def ranks(self, step: int, own_ms: Sequence[float], step_ms: float, hosts: Sequence[str]) -> str | None:
+        """Of the time that each rank takes of a step by itself, before gradients are exchanged."""
+        slowest = max(range(len(own_ms)), key=own_ms.__getitem__)
+        others_ms = statistics.median([*own_ms[:slowest], *own_ms[slowest + 1 :]])
+        lags = own_ms[slowest] > LAGS * others_ms and own_ms[slowest] - others_ms > LAG_OF_STEP * step_ms
+        if slowest != self._slowest:
+            self._slowest, self._in_a_row["lags"] = slowest, 0
+        return self._once(
+            "lags",
+            self._repeated("lags", lags),
+            f"rank {slowest} on {hosts[slowest]} takes {own_ms[slowest]:.1f} ms for what the other ranks do in "
+            f"{others_ms:.1f} ms, and all wait for it (step {step}): look what else runs there, or whether its device "
+            "is throttled, or leave it out",
+        )
+
+    def disk(self, step: int, folder: Path, free_bytes: int, checkpoint_bytes: int) -> str | None:
+        """Of the room that is left where the run writes; `checkpoint_bytes` is 0 before the first one."""
+        return self._once(
+            "disk",
+            free_bytes < CHECKPOINTS_LEFT * checkpoint_bytes + ROOM_BYTES,
+            f"{free_bytes / 1e6:.0f} MB are left on the disk of {folder}, and a checkpoint takes "
+            f"{checkpoint_bytes / 1e6:.1f} MB (step {step}): free some, or keep fewer with --checkpoint.num_kept 1",
+        )
+
+    def _repeated(self, what: str, seen: bool) -> bool:
+        self._in_a_row[what] = self._in_a_row[what] + 1 if seen else 0
+        return self._in_a_row[what] >= IN_A_ROW
+
+    def _once(self, what: str, seen: bool, warning: str) -> str | None:
+        if not seen or what in self._told:
+            return None
+        self._told.add(what)
+        return warning

@@ -1,0 +1,155 @@
+"""Warnings of a training that goes on, and lines in general: each is said once, by one rank, at the level asked for."""
+
+import re
+import shutil
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import Run
+from test_fit import SHAPES
+
+import lit_cifar.fit
+from lit_cifar import log
+from lit_cifar.errors import DivergedError
+from lit_cifar.watch import IN_A_ROW, Watch
+
+STEPS = [*SHAPES, "--batch_size", "8", "--trainer.log_every_n_steps", "5"]
+WARNING = "lit_cifar: warning: "
+
+
+def _callback(name: str, **arguments: object) -> list[str]:
+    flags = [f"--trainer.callbacks=faults.{name}"]
+    return flags + [f"--trainer.callbacks.{key}={value}" for key, value in arguments.items()]
+
+
+def _warnings(text: str) -> list[str]:
+    return [line.removeprefix(WARNING) for line in text.splitlines() if line.startswith(WARNING)]
+
+
+def test_an_exploding_loss_is_told_once_with_the_step_and_a_way_out(capsys: pytest.CaptureFixture[str]) -> None:
+    lit_cifar.fit.main([*STEPS, "--trainer.max_steps", "30", *_callback("ScaleWeights", step=12, factor=5.0)])
+    (warning,) = _warnings(capsys.readouterr().err)
+    assert re.match(r"the loss is [\d.]+ at step 15, where guessing costs 2\.303: .*--lr", warning)
+
+
+def test_gradients_that_are_not_finite_end_the_training_before_the_loss_shows_them() -> None:
+    with pytest.raises(DivergedError, match=r"gradients are not finite at step 10 \(epoch 1\).*smaller --lr"):
+        lit_cifar.fit.main([*STEPS, "--trainer.max_steps", "30", *_callback("SpoilGradients", step=10)])
+
+
+def test_gradients_spoilt_between_logged_steps_are_seen_in_the_next_loss() -> None:
+    with pytest.raises(DivergedError, match=r"the loss is not finite at step 9 \(epoch 1, batch 9\)"):
+        lit_cifar.fit.main([*STEPS, "--trainer.max_steps", "30", *_callback("SpoilGradients", step=8)])
+
+
+def test_a_loader_that_starves_the_net_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = '[{"class_path": "faults.SlowTransform", "init_args": {"seconds": 0.005}}]'
+    lit_cifar.fit.main([*STEPS, "--trainer.max_steps", "25", "--data.transform", slow])
+    (warning,) = _warnings(capsys.readouterr().err)
+    assert re.match(
+        rf"a step waits 4\d\.\d of its \d\d\.\d ms for images \(step {5 * IN_A_ROW}\): .*num_workers", warning
+    )
+
+
+def test_a_full_disk_is_told_once_before_it_is_full(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=51_000_000))
+    lit_cifar.fit.main([*STEPS, "--trainer.max_steps", "40", "--checkpoint.every_n_train_steps", "12"])
+    (warning,) = _warnings(capsys.readouterr().err)
+    size = Path("lightning_logs/version_0/checkpoints/last.ckpt").stat().st_size / 1e6
+    # 51 MB are enough until there is a checkpoint, of which three must have room beside the rest
+    assert re.match(rf"51 MB are left on the disk of .*, and a checkpoint takes {size:.1f} MB \(step 15\)", warning)
+
+
+def test_a_healthy_training_is_told_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    lit_cifar.fit.main([*STEPS, "--trainer.max_steps", "60"])
+    assert capsys.readouterr().err == ""
+
+
+def test_the_rank_that_the_others_wait_for_is_named_once_by_the_first(run_command: Run) -> None:
+    slow = '[{"class_path": "faults.SlowTransform", "init_args": {"seconds": 0.02, "rank": 1}}]'
+    flags = [*STEPS, "--trainer.max_steps", "30", "--data.transform", slow, "--devices", "2"]
+    done = run_command("lit_cifar.fit", *flags, PYTHONPATH=_with_faults())
+    assert done.returncode == 0, done.stderr
+    (warning,) = _warnings(done.stderr)
+    assert warning.startswith(f"rank 1 on {socket.gethostname()} takes 8"), "4 images of 20 ms, and the forward pass"
+    assert "all wait for it (step 15)" in warning
+
+
+def _with_faults() -> str:
+    tests = Path(__file__).resolve().parent
+    return f"{tests.parent}:{tests}"
+
+
+@pytest.mark.parametrize("devices", ["1", "2"])
+def test_lines_are_plain_where_the_output_is_no_terminal_and_none_is_said_twice(devices: str, run_command: Run) -> None:
+    done = run_command("lit_cifar.fit", *STEPS, "--trainer.max_steps", "40", "--devices", devices)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", done.stdout)
+    said = [line for line in done.stdout.splitlines() if line]
+    assert len(said) == len(set(said))
+    ranks = sorted(line.split()[1] for line in said if line.startswith("rank "))
+    assert ranks == [str(rank) for rank in range(int(devices))]
+
+
+@pytest.mark.parametrize("level", log.LEVELS)
+def test_the_level_decides_what_is_said_and_results_are_always(level: str, run_command: Run) -> None:
+    flags = [*STEPS, "--trainer.max_steps", "30", *_callback("ScaleWeights", step=12, factor=5.0)]
+    done = run_command("lit_cifar.fit", *flags, "--log_level", level, PYTHONPATH=_with_faults())
+    assert done.returncode == 0, done.stderr
+    assert "Accuracy on the 2,000 test images" in done.stdout
+    assert ("training 62,006 parameters" in done.stdout) == (level in ("debug", "info"))
+    assert ("rank 0 of 1" in done.stdout) == (level in ("debug", "info"))
+    assert len(_warnings(done.stderr)) == (0 if level == "error" else 1)
+    assert ("GPU available" in done.stdout + done.stderr) == (level == "debug"), "Lightning's notes"
+
+
+def test_an_unknown_level_is_refused(run_command: Run) -> None:
+    done = run_command("lit_cifar.fit", *STEPS, "--log_level", "loud")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "log_level" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "local_rank", "told"),
+    [
+        (["--data_dir", "no-such.zip"], "0", True),
+        (["--data_dir", "no-such.zip"], "1", False),
+        (["--no-such-flag", "1"], "0", False),
+    ],
+    ids=["data of another node", "data of a node whose first process tells it", "flags, which all nodes have alike"],
+)
+def test_what_is_wrong_on_another_node_is_told_by_its_first_process(
+    args: list[str], local_rank: str, told: bool, run_command: Run
+) -> None:
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "GROUP_RANK": "1", "RANK": "2"}
+    done = run_command("lit_cifar.fit", *args, LOCAL_RANK=local_rank, **torchrun)
+    assert done.returncode == 2
+    start = f"lit_cifar: error: rank 2 on {socket.gethostname()}: no-such.zip"
+    assert done.stderr.startswith(start) if told else done.stderr == ""
+
+
+def test_other_ranks_say_who_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    log.tell("decoded")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    log.tell("decoded")
+    monkeypatch.setenv("RANK", "3")  # of all nodes, which counts
+    log.warn("passed over")
+    assert capsys.readouterr().err == "decoded\nrank 1: decoded\nlit_cifar: warning: rank 3: passed over\n"
+
+
+def test_a_rank_lags_when_it_is_the_same_one_again_and_again() -> None:
+    hosts = ["a", "b", "c"]
+    slow = [[10.0, 40.0, 12.0], [10.0, 12.0, 40.0]]
+    watch = Watch()
+    assert not any(watch.ranks(step, slow[step % 2], 80.0, hosts) for step in range(20)), "now one, now another"
+    watch = Watch()
+    told = [watch.ranks(step, slow[0], 80.0, hosts) for step in range(1, 20)]
+    assert [step for step, warning in enumerate(told, 1) if warning] == [IN_A_ROW]
+    assert "rank 1 on b takes 40.0 ms for what the other ranks do in 11.0 ms" in str(told[IN_A_ROW - 1])
+    assert not any(watch.ranks(step, [1.0, 1.6, 1.1], 80.0, hosts) for step in range(20)), "too little to matter"
