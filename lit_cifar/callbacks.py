@@ -50,8 +50,7 @@ class RunningLoss(Callback):
         if every_n_steps < 1:
             raise UserError(f"--running_loss.every_n_steps {every_n_steps} must be at least 1")
         self.every_n_steps = every_n_steps
-        self._losses = torch.empty(0)  # (log_every_n_steps,) on the device: losses not yet summed
-        self._num_losses = 0
+        self._losses: list[Tensor] = []  # of the steps since they were summed, on the device
         self._logged = [0.0, 0]  # sum and count since the last time, summed over ranks, in float64
         self._printed = [0.0, 0]
         self._logged_step = 0
@@ -64,7 +63,7 @@ class RunningLoss(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_every = int(trainer.log_every_n_steps) or self.every_n_steps  # type: ignore[attr-defined]
-        self._losses = torch.empty(self._log_every, device=pl_module.device)
+        self._losses = []
         self._logged_step = trainer.global_step
         self._watch = Watch()
         self._run = Path(trainer.log_dir or ".")  # asked for on every rank: rank 0 broadcasts it
@@ -105,8 +104,7 @@ class RunningLoss(Callback):
     ) -> None:
         if not self.first_step_seconds:
             self.first_step_seconds = time.perf_counter() - self.train_started
-        self._losses[self._num_losses] = outputs["loss"]
-        self._num_losses += 1
+        self._losses.append(outputs["loss"])
         for watch in self._watches.values():
             watch.num_batches += 1
         step_in_epoch, num_steps = batch_idx + 1, int(trainer.num_training_batches)
@@ -114,7 +112,7 @@ class RunningLoss(Callback):
         step = trainer.global_step
         logs = step % self._log_every == 0 or (trainer.is_last_batch and num_steps < self._log_every)
         logs = logs and step != self._logged_step  # with accumulated gradients a step has several batches
-        if prints or logs or self._num_losses == len(self._losses) or trainer.is_last_batch:
+        if prints or logs or len(self._losses) == self._log_every or trainer.is_last_batch:
             self._collect(trainer, batch_idx)
         if logs:
             self._log(trainer, pl_module)
@@ -135,10 +133,9 @@ class RunningLoss(Callback):
                 )
 
     def _collect(self, trainer: Trainer, batch_idx: int) -> None:
-        num_losses, self._num_losses = self._num_losses, 0
-        if not num_losses:
+        if not self._losses:
             return
-        losses = self._losses[:num_losses]
+        losses, self._losses = torch.stack(self._losses), []
         precise = losses if losses.device.type == "mps" else losses.double()  # mps has no float64
         total = float(trainer.strategy.reduce(precise.sum(), reduce_op="sum")) / trainer.world_size
         total *= trainer.accumulate_grad_batches  # by which Lightning has divided the loss of each batch
@@ -146,7 +143,7 @@ class RunningLoss(Callback):
             self._stop(trainer, losses, batch_idx)
         for window in (self._logged, self._printed):
             window[0] += total
-            window[1] += num_losses
+            window[1] += len(losses)
 
     def _stop(self, trainer: Trainer, losses: Tensor, batch_idx: int) -> None:
         finite = losses.isfinite()

@@ -208,23 +208,22 @@ class CLI(LightningCLI):
         self._args, self._base, self._resume, self._logs = args, base, resume, logs
         self._command = shlex.join([*prog.split(), *args])
         self._add_arguments_of_command = add_arguments
-        with warnings.catch_warnings():
-            # LightningCLI advises against `args` when sys.argv is not empty; here they are what was typed
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-            super().__init__(
-                LitClassifier,
-                CIFAR10DataModule,
-                save_config_callback=SaveConfigCallback if logs else None,
-                save_config_kwargs={"overwrite": True},  # of a resumed run; others have a folder of their own
-                trainer_defaults=TRAINER_DEFAULTS,
-                seed_everything_default=0,
-                parser_kwargs={"prog": prog, "description": description, "dump_header": [], "allow_abbrev": False},
-                parser_class=Parser,
-                args=args,
-                run=False,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,  # saves objects that weights_only refuses
-            )
+        # LightningCLI advises against `args` when sys.argv is not empty; here they are what was typed
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        super().__init__(
+            LitClassifier,
+            CIFAR10DataModule,
+            save_config_callback=SaveConfigCallback if logs else None,
+            save_config_kwargs={"overwrite": True},  # of a resumed run; others have a folder of their own
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={"prog": prog, "description": description, "dump_header": [], "allow_abbrev": False},
+            parser_class=Parser,
+            args=args,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # saves objects that weights_only refuses
+        )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, Parser)

@@ -22,6 +22,7 @@ from lit_cifar.loader import DeviceLoader
 from lit_cifar.module import LitClassifier
 
 KNOWN_VERSIONS = ("2.6.",)  # of Lightning, whose loop this one stands for; tests/test_loop.py compares the two
+OUTER_HOOKS = ("on_train_batch_start", "on_train_batch_end")
 INNER_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
 
@@ -40,13 +41,27 @@ class LeanEpochLoop(_TrainingEpochLoop):
     """
 
     _lean = False
+    _validates = False
+    _answering: dict[str, list[Callback]]
 
     def _broadcast_sigterm_tensor(self) -> None:
         """Nothing: Checkpoints stops at signals. Lightning's waits for the device and the other ranks in each step."""
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         super().on_run_start(data_fetcher)
+        self._validates = super()._should_check_val_epoch()
+        self._answering = {
+            hook: [callback for callback in self.trainer.callbacks if _answers(callback, hook)] for hook in OUTER_HOOKS
+        }
         self._lean = self._can_be_lean(data_fetcher)
+
+    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        """The same within an epoch that is not validated; asked for after each step."""
+        return self._validates and super()._should_check_val_fx(data_fetcher)
+
+    def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
+        if self.trainer.lr_scheduler_configs:
+            super().update_lr_schedulers(interval, update_plateau_schedulers)
 
     def _can_be_lean(self, data_fetcher: _DataFetcher) -> bool:
         trainer: Any = self.trainer
@@ -74,22 +89,26 @@ class LeanEpochLoop(_TrainingEpochLoop):
         trainer: Any = self.trainer
         module, optimizer, batch_progress = trainer.lightning_module, trainer.optimizers[0], self.batch_progress
         optimizer_progress = self.automatic_optimization.optim_progress.optimizer
-        self.val_loop.restarting = False
+        connector, results = trainer._logger_connector, self._results
+        if self.val_loop.restarting:
+            self.val_loop.restarting = False
 
-        batch, _, _ = next(data_fetcher)
+        batch = _next_batch(data_fetcher)
         batch_idx = self.batch_idx + 1
         batch_progress.is_last_batch = data_fetcher.done
         batch_progress.increment_ready()
-        trainer._logger_connector.on_batch_start(batch)
+        connector.on_batch_start(batch)
         self._call("on_train_batch_start", batch, batch_idx)
         batch_progress.increment_started()
 
         def closure() -> Tensor:
-            with trainer.precision_plugin.train_step_context():
+            with trainer.precision_plugin.forward_context():
                 loss: Tensor = module.training_step(batch, batch_idx)
             optimizer_progress.zero_grad.increment_ready()
             optimizer_progress.zero_grad.increment_started()
-            optimizer.zero_grad()
+            for group in optimizer.param_groups:  # what zero_grad does, in 2 us instead of 25
+                for parameter in group["params"]:
+                    parameter.grad = None
             optimizer_progress.zero_grad.increment_completed()
             loss.backward()
             return loss.detach()
@@ -104,18 +123,37 @@ class LeanEpochLoop(_TrainingEpochLoop):
         if self._num_ready_batches_reached():
             self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         self._call("on_train_batch_end", {"loss": loss}, batch, batch_idx)
-        trainer._logger_connector.on_batch_end()
+        if results:  # somebody has logged something
+            connector.on_batch_end()
+        else:
+            results.batch = results.batch_size = None
         batch_progress.increment_completed()
-        trainer._logger_connector.update_train_step_metrics()
+        if results:
+            connector.update_train_step_metrics()
 
     def _call(self, hook: str, *args: Any) -> None:
         trainer: Any = self.trainer
         module = trainer.lightning_module
-        module._current_fx_name = hook  # for callbacks that log
-        for callback in trainer.callbacks:
-            if _answers(callback, hook):
-                getattr(callback, hook)(trainer, module, *args)
-        module._current_fx_name = None
+        attributes = vars(module)  # a module's own __setattr__ takes 3 us
+        attributes["_current_fx_name"] = hook  # for callbacks that log
+        for callback in self._answering[hook]:
+            getattr(callback, hook)(trainer, module, *args)
+        attributes["_current_fx_name"] = None
+
+
+def _next_batch(data_fetcher: Any) -> Any:
+    """The next batch of the only loader, straight from it: the fetcher and the loaders' combination take 20 us."""
+    if data_fetcher.length is None or data_fetcher.done:
+        return next(data_fetcher)[0]
+    cycle = data_fetcher.iterator._iterator
+    batch = next(cycle.iterators[0], None)
+    if batch is None:  # sooner than its length said
+        data_fetcher.done = True
+        raise StopIteration
+    cycle._idx += 1
+    data_fetcher.fetched += 1
+    data_fetcher.done = data_fetcher.fetched >= data_fetcher.length
+    return batch
 
 
 def _answers(callback: Callback, hook: str) -> bool:

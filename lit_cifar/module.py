@@ -26,7 +26,7 @@ NUM_FIRST_IMAGES = 5000  # training images that a net which asks for it is initi
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Scales images (B, 3, 32, 32) uint8 0..255 to [0, 1] and normalises them by mean and std (3, 1, 1)."""
-    return images.to(mean.dtype).sub_(255 * mean).mul_(1 / (255 * std))  # in place: 4 times as fast on a CPU
+    return images.to(mean.dtype).sub_(255 * mean).mul_((255 * std).reciprocal())  # in place: 4 times as fast on a CPU
 
 
 def views(images: Tensor, tta: TTA) -> list[tuple[Tensor, float]]:
@@ -256,6 +256,8 @@ class LitClassifier(LightningModule):
         """Loss of this rank's share, scaled so that the ranks' mean is the mean over the whole batch."""
         images, labels = batch
         logits = self(images, self.side())
+        if self.trainer.world_size == 1:
+            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
         return loss / self._mean_share(labels, batch_idx)
 
@@ -270,7 +272,7 @@ class LitClassifier(LightningModule):
     def _mean_share(self, labels: Tensor, batch_idx: int) -> float:
         # DDP averages gradients over ranks, whose shares of a short last batch differ by one
         num_ranks, loader = self.trainer.world_size, self.trainer.train_dataloader
-        if num_ranks == 1 or not isinstance(loader, DeviceLoader):
+        if not isinstance(loader, DeviceLoader):
             return len(labels)
         assert isinstance(loader.batches, TrainBatches)
         return loader.batches.num_in_batch(batch_idx) / num_ranks
