@@ -1,6 +1,7 @@
 """A two-node Slurm on this machine preempts, requeues, cuts off and breaks a job, which resumes by itself and ends the
 same."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -111,16 +112,43 @@ class Cluster:
     def processes(self, job: str) -> list[int]:
         """Ids of the job's training processes, rank 0's first."""
         found: dict[int, int] = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                command, environ = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"lit_cifar.fit" in command and b"srun" not in command and f"SLURM_JOB_ID={job}".encode() in environ:
-                rank = next((item for item in environ if item.startswith(b"SLURM_PROCID=")), None)
-                if rank and any(item.startswith(b"SLURM_STEP_ID=0") for item in environ):
-                    found[int(rank.split(b"=")[1])] = int(folder.name)
+        for pid, command, environ in _all_processes():
+            if "lit_cifar.fit" in command and not command.startswith("srun") and f"SLURM_JOB_ID={job}" in environ:
+                rank = next((item for item in environ if item.startswith("SLURM_PROCID=")), None)
+                if rank and "SLURM_STEP_ID=0" in environ:
+                    found[int(rank.split("=")[1])] = pid
         return [found[rank] for rank in sorted(found)]
+
+    def lose(self, node: str, job: str) -> None:
+        """Kills the node's daemon and all of the job there: step daemons, tasks, and on n1 the script with its srun."""
+        task = self.processes(job)[int(node[1]) - 1]
+        victims = [int((self.folder / "state" / f"slurmd-{node}.pid").read_text()), _parent(task), task]
+        if node == "n1":
+            victims += [
+                pid
+                for pid, command, environ in _all_processes()
+                if command.startswith(f"slurmstepd: [{job}.batch]")
+                or {"SLURM_PROCID=0", f"SLURM_JOB_ID={job}"} <= set(environ)
+            ]
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):  # srun's second process ends with its first
+                os.kill(pid, signal.SIGKILL)
+
+    def start(self, node: str) -> None:
+        self.call("slurmd", "-N", node, "-f", os.environ["SLURM_CONF"])
+
+
+def _all_processes() -> Iterator[tuple[int, str, list[str]]]:
+    """(id, command, environment) of each that can be read."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            environ = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            yield int(folder.name), command, environ
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.fixture(scope="module")
@@ -160,15 +188,18 @@ def whole(cluster: Cluster) -> Path:
     return cluster.run(job)
 
 
-def _lose_node(cluster: Cluster, job: str) -> None:
-    pidfile = cluster.folder / "state" / "slurmd-n2.pid"
-    os.kill(int(pidfile.read_text()), signal.SIGKILL)
-    os.kill(cluster.processes(job)[1], signal.SIGKILL)  # a node is lost with its tasks
+def _lose_node(cluster: Cluster, job: str, node: str) -> None:
+    cluster.lose(node, job)
     end = time.monotonic() + 200
-    while "DOWN" not in cluster.call("scontrol", "show", "node", "n2"):
+    while "DOWN" not in cluster.call("scontrol", "show", "node", node):
         assert time.monotonic() < end
         time.sleep(1)
-    cluster.call("slurmd", "-N", "n2", "-f", os.environ["SLURM_CONF"])
+    cluster.start(node)
+
+
+def _restart_node(cluster: Cluster, job: str) -> None:
+    cluster.lose("n2", job)
+    cluster.start("n2")
 
 
 FAULTS = {
@@ -176,7 +207,9 @@ FAULTS = {
     "requeue": lambda cluster, job: cluster.call("scontrol", "requeue", job),
     "kill rank 0": lambda cluster, job: os.kill(cluster.processes(job)[0], signal.SIGKILL),
     "kill rank 1": lambda cluster, job: os.kill(cluster.processes(job)[1], signal.SIGKILL),
-    "lost node": _lose_node,
+    "lost first node": lambda cluster, job: _lose_node(cluster, job, "n1"),
+    "lost second node": lambda cluster, job: _lose_node(cluster, job, "n2"),
+    "node that is back at once": _restart_node,
 }
 
 

@@ -34,7 +34,8 @@ class Node:
         script = (ROOT / "configs/cluster/torchrun.sh").read_text()
         for pattern, text in (
             (r"--config configs/resnet18.yaml", RECIPE),
-            (r"exec torchrun ", f"exec torchrun --local-addr=127.0.0.{number} "),
+            # torchrun would take both addresses for this machine's, and whoever comes first for the host
+            (r"exec torchrun ", f"exec torchrun --local-addr=127.0.0.{number} --rdzv-conf=is_host={number == 1} "),
         ):
             script, num_changes = re.subn(pattern, text, script, count=1)
             assert num_changes == 1, f"{pattern} is not in torchrun.sh"
@@ -44,6 +45,7 @@ class Node:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
             "DEVICES": "1",
             "RDZV_ADDRESS": f"127.0.0.1:{port}",
             "GLOO_SOCKET_IFNAME": "lo",
@@ -140,4 +142,19 @@ def test_a_lost_node_that_comes_back_joins_the_others_and_ends_the_same(
     nodes[1].kill()
     nodes.append(Node(tmp_path, 2, port))
     assert [nodes[0].end(), nodes[2].end()] == [0, 0], _output(nodes)
+    assert differences(_run(tmp_path), whole) == []
+
+
+@pytest.mark.slow
+def test_the_others_end_when_the_rendezvous_is_lost_and_all_started_again_end_the_same(
+    nodes: list[Node], whole: Path, tmp_path: Path
+) -> None:
+    port = _free_port()
+    nodes += [Node(tmp_path, number, port) for number in (1, 2)]
+    _wait_for_training(nodes)
+    nodes[0].kill()
+    assert nodes[1].end(seconds=60) == 1, _output(nodes)
+    assert nodes[1].workers() == []
+    nodes += [Node(tmp_path, number, port) for number in (1, 2)]
+    assert [node.end() for node in nodes[2:]] == [0, 0], _output(nodes)
     assert differences(_run(tmp_path), whole) == []

@@ -6,9 +6,12 @@ DEVICES=${DEVICES:-4}                            # CHANGE: on each node
 RDZV_ADDRESS=${RDZV_ADDRESS:-node1:29500}        # CHANGE: a node and a free port that all nodes reach
 ROOT=${ROOT:-runs/torchrun}                      # CHANGE for each training: a folder that all nodes see
 
-# When a process fails, torchrun starts all of them again, up to --max-restarts times; --resume if-any goes on where the
-# newest checkpoint was written. When a node is lost, end this script on the others and start it again on each. Exit code
-# 75 is 'stopped by a signal, resumable'.
+# When a process fails, torchrun starts all of them again, up to --max-restarts times, and --resume if-any goes on where
+# the newest checkpoint was written. A lost node joins again when this script is started there within 10 minutes. When
+# RDZV_ADDRESS's own node is lost, the others end with exit code 1: start it again on all, with the same ROOT.
+
+# without it the processes started again read each other's old addresses: github.com/pytorch/pytorch/issues/135712
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes="$NUM_NODES" --nproc-per-node="$DEVICES" --max-restarts=5 \
     --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ADDRESS" --rdzv-id=lit_cifar \
     -m lit_cifar.fit --config configs/resnet18.yaml --num_nodes "$NUM_NODES" --devices "$DEVICES" \
