@@ -303,7 +303,7 @@ class SlowRank(Callback):
         step_ms = 1000 * (time.perf_counter() - self._began) / self._num_batches
         mine = torch.zeros(trainer.world_size, device=pl_module.device)  # and a place for each other rank's
         mine[trainer.global_rank] = wait_ms + forward_ms
-        own_ms = trainer.strategy.reduce(mine, reduce_op="sum").tolist()  # type: ignore[union-attr]
+        own_ms = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
         self._restart(_waited_seconds(trainer))
         if trainer.is_global_zero:
             warning = self._watch.ranks(trainer.global_step, own_ms, step_ms, self._hosts)

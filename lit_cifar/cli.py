@@ -225,6 +225,7 @@ class CLI(LightningCLI):
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,  # saves objects that weights_only refuses
             )
+        set_log_level(self.options["log_level"])  # again: Python's filters of within end here
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, Parser)
