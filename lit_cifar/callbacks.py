@@ -214,9 +214,6 @@ class RunningLoss(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("running_loss", {"logged": [0.0, 0], "printed": [0.0, 0]})
-        for total, count in (state["logged"], state["printed"]):
-            if not (isinstance(total, (int, float)) and isinstance(count, int) and count >= 0):
-                raise ValueError("no sums of losses")
         self._logged, self._printed = list(state["logged"]), list(state["printed"])
 
 
@@ -301,8 +298,9 @@ class SlowRank(Callback):
             forward_ms = self._events[0].elapsed_time(self._events[1])
         wait_ms = 1000 * (_waited_seconds(trainer) - self._waited_seconds) / self._num_batches
         step_ms = 1000 * (time.perf_counter() - self._began) / self._num_batches
-        mine = torch.tensor(wait_ms + forward_ms, device=pl_module.device)
-        own_ms = pl_module.all_gather(mine).tolist()  # type: ignore[union-attr]
+        mine = torch.zeros(trainer.world_size, device=pl_module.device)  # and a place for each other rank's
+        mine[trainer.global_rank] = wait_ms + forward_ms
+        own_ms = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
         self._restart(_waited_seconds(trainer))
         if trainer.is_global_zero:
             warning = self._watch.ranks(trainer.global_step, own_ms, step_ms, self._hosts)

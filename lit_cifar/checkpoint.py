@@ -21,6 +21,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from packaging.version import Version
 
 from lit_cifar import log
 from lit_cifar.errors import DivergedError, UserError
@@ -32,6 +33,9 @@ STOPPED = 75  # exit code of a run that a signal ended and that can be resumed; 
 TRUSTED = ("lit_cifar.", "torchvision.", "torch.nn.")  # a checkpoint's config may name classes from these by itself
 MAX_PICKLE_BYTES = 2**22  # of a checkpoint, without its tensors; a small run's is 10 to 100 kB
 MAX_CONFIG_VALUES, MAX_CONFIG_TEXT = 100_000, 10_000  # how many, and how many characters of each
+POSITION = {"epoch": 0, "batch": 0}  # states are compared with these: in the data,
+RUNNING_LOSS = {"logged": [0.0, 0], "printed": [0.0, 0]}  # sums and counts,
+GPU_RANDOM_STATE = torch.zeros(16, dtype=torch.uint8)  # and torch.cuda's
 IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 TEXTS = ("data_dir", "default_root_dir", "mirrors", "name", "pattern")  # settings whose dots mean something else
 
@@ -226,12 +230,7 @@ class Checkpoints(Checkpoint):
         return {"best_score": self.best_score, "random_states": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        best_score, random_states = state_dict["best_score"], state_dict["random_states"]
-        here = torch.get_rng_state()
-        fits = all(state["cpu"].shape == here.shape and state["cpu"].dtype == here.dtype for state in random_states)
-        if not (fits and isinstance(best_score, (float, type(None)))):
-            raise ValueError("no state of Checkpoints")
-        self.best_score, self._random_states = best_score, random_states
+        self.best_score, self._random_states = state_dict["best_score"], state_dict["random_states"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for name, weight in checkpoint["state_dict"].items():
@@ -425,7 +424,7 @@ def _is_ours(checkpoint: Any) -> bool:
     if not isinstance(checkpoint, dict) or not {"state_dict", "lit_cifar"} <= checkpoint.keys():
         return False
     weights, ours = checkpoint["state_dict"], checkpoint["lit_cifar"]
-    if not (isinstance(weights, dict) and isinstance(ours, dict) and isinstance(checkpoint.get("global_step", 0), int)):
+    if not (isinstance(weights, dict) and isinstance(ours, dict) and unlike(checkpoint.get("global_step"), 0) is None):
         return False
     if not all(isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in weights.items()):
         return False
@@ -437,7 +436,121 @@ def _is_ours(checkpoint: Any) -> bool:
         and all(isinstance(config.get(section, {}), dict) for section in ("model", "data", "trainer", "checkpoint"))
         and _is_plain(ours)
         and _is_plain(checkpoint, (torch.Tensor, tuple))
+        and _is_version(checkpoint.get("pytorch-lightning_version"))
+        and _are_states_of_callbacks(checkpoint.get("callbacks", {}))
+        and unlike(checkpoint.get("running_loss", RUNNING_LOSS), RUNNING_LOSS) is None
     )
+
+
+def _is_version(value: Any) -> bool:
+    """Whether it is one of Lightning's from 2 on; there are no checkpoints of ours of an earlier one."""
+    try:
+        return Version(value) >= Version("2")
+    except (TypeError, ValueError):
+        return False
+
+
+def _are_states_of_callbacks(states: Any) -> bool:
+    if not (isinstance(states, dict) and all(isinstance(state, dict) for state in states.values())):
+        return False
+    ours = states.get(Checkpoints.__name__)
+    if ours is None:
+        return True
+    best_score, random_states = ours.get("best_score"), ours.get("random_states")
+    return (
+        isinstance(best_score, (float, type(None)))
+        and isinstance(random_states, list)
+        and all(_is_random_state(state) for state in random_states)
+    )
+
+
+def _is_random_state(state: Any) -> bool:
+    """Whether `set_random_state` takes it, on any machine."""
+    if not isinstance(state, dict):
+        return False
+    try:
+        torch.Generator().set_state(state["cpu"])
+    except (TypeError, KeyError, RuntimeError):
+        return False
+    gpu = state.get("cuda", GPU_RANDOM_STATE)
+    # CUDA's is a seed and an offset of 8 bytes each, and the offset a multiple of 4
+    return unlike(gpu, GPU_RANDOM_STATE) is None and gpu.dtype == torch.uint8 and int(gpu[8]) % 4 == 0
+
+
+def check_state(checkpoint: dict[str, Any], trainer: Trainer, module: LightningModule) -> None:
+    """Checks that a checkpoint's state of the training is one that this training could have saved.
+
+    Lightning and torch take what they find, and the training fails of it later.
+
+    Args:
+        checkpoint: from `read_checkpoint`.
+        trainer: with the data module.
+        module: with the trainer.
+
+    Raises:
+        UserError: the file is spoilt, or from another version or kind of training.
+    """
+    configured: Any = module.configure_optimizers()
+    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    own_groups = optimizer.state_dict()["param_groups"]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    buffers = {number: {"momentum_buffer": weight} for number, weight in enumerate(weights)}
+    scaler = trainer.precision_plugin.state_dict()
+    try:
+        fit_loop, (state,) = checkpoint["loops"]["fit_loop"], checkpoint["optimizer_states"]
+        groups, schedulers = state["param_groups"], checkpoint["lr_schedulers"]
+        wrong = (
+            unlike(
+                fit_loop,
+                {**_common(trainer.fit_loop.state_dict(), fit_loop), "state_dict": {"combined_loader": [POSITION]}},
+                "loops.fit_loop",
+            )
+            or unlike(state["state"], _common(buffers, state["state"]), "optimizer_states.state")
+            or unlike(groups, [_common(*pair) for pair in zip(own_groups, groups, strict=True)], "param_groups")
+            or unlike(schedulers, [scheduler.state_dict()] * len(schedulers), "lr_schedulers")
+        )
+        for own, group in zip(own_groups, groups, strict=True):
+            for key in {"dampening", "maximize", "differentiable", "foreach"} & own.keys() & group.keys():
+                wrong = wrong or (None if group[key] == own[key] else f"param_groups.{key}")  # no settings of ours
+        for name in (type(trainer.precision_plugin).__qualname__, "native_amp_scaling_state"):
+            if scaler and name in checkpoint:
+                wrong = wrong or unlike(checkpoint[name], scaler, name)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        wrong = f"its structure ({type(error).__name__})"
+    if wrong:
+        raise UserError(
+            f"--resume: the checkpoint's state of the training is spoilt, or another version's or another kind of "
+            f"training's: see {wrong}; name another checkpoint, or start anew without --resume"
+        )
+
+
+def _common(own: dict[Any, Any], found: dict[Any, Any]) -> dict[Any, Any]:
+    """Our own values of those keys that were found: another version of Lightning or torch may have counted less."""
+    return {key: value for key, value in own.items() if key in found}
+
+
+def unlike(value: Any, own: Any, where: str = "") -> str | None:
+    """The first place in a value whose keys, length, shape or type are not those of our own one; None: nowhere."""
+    pairs: list[tuple[Any, Any, str]] = []
+    if isinstance(own, dict):
+        fits = isinstance(value, dict) and value.keys() == own.keys()
+        pairs = [(value[key], own[key], f"{where}.{key}") for key in own] if fits else []
+    elif isinstance(own, list):
+        fits = isinstance(value, list) and len(value) == len(own)
+        pairs = [(*pair, where) for pair in zip(value, own, strict=True)] if fits else []
+    elif isinstance(own, torch.Tensor):
+        fits = isinstance(value, torch.Tensor) and value.shape == own.shape
+        fits = fits and value.is_floating_point() == own.is_floating_point()
+    elif type(own) is int:  # a count
+        fits = type(value) is int and 0 <= value < 2**63
+    elif type(own) is float:
+        fits = type(value) in (int, float)
+    else:
+        fits = type(value) is type(own)
+    if not fits:
+        return where or "it"
+    return next(filter(None, (unlike(*pair) for pair in pairs)), None)
 
 
 def _is_plain(value: Any, more: tuple[type, ...] = ()) -> bool:

@@ -250,10 +250,14 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
             super().parse_arguments(parser, args)
+        except UserError:
+            raise
         except UnicodeDecodeError as error:
             raise UserError(f"--config {value_of('config', self._args)} is no text in UTF-8: {error}") from None
         except RecursionError:
             raise UserError("the settings are nested too deeply: give them without so many brackets") from None
+        except (AttributeError, ValueError) as error:  # of jsonargparse: a config within a config, a null byte
+            raise UserError(f"the settings cannot be read ({error}); --print_config shows how they look") from error
 
     def before_instantiate_classes(self) -> None:
         self.options = {key: self.config.pop(key, None) for key in OWN_FLAGS}

@@ -5,14 +5,13 @@ import time
 _started = time.perf_counter()  # before the imports, which are part of what a run costs
 
 import os  # noqa: E402
-import traceback  # noqa: E402
 from datetime import datetime, timezone  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from lit_cifar import cli  # noqa: E402
 from lit_cifar.callbacks import RunningLoss  # noqa: E402
-from lit_cifar.checkpoint import checkpoint_config, find_checkpoint, read_checkpoint  # noqa: E402
+from lit_cifar.checkpoint import check_state, checkpoint_config, find_checkpoint, read_checkpoint  # noqa: E402
 from lit_cifar.classifier import check_net  # noqa: E402
 from lit_cifar.errors import UserError  # noqa: E402
 from lit_cifar.folders import RESULTS  # noqa: E402
@@ -61,7 +60,9 @@ def prepare(command: cli.CLI, *stages: str, checkpoint: dict[str, Any] | None = 
     data.train_batches()
     if checkpoint:
         command.model.check_fits(checkpoint, data.classes)
-        _check_position(checkpoint, command.plain_config)
+        command.model.trainer, command.trainer.datamodule = command.trainer, data  # type: ignore[attr-defined]
+        check_state(checkpoint, command.trainer, command.model)
+        _check_position(checkpoint, command.plain_config, len(data.train_batches()))
     command.model.set_classes(data.classes)
 
 
@@ -76,16 +77,7 @@ def train(command: cli.CLI, started: float, path: Path | None = None) -> dict[st
     """
     trainer = command.trainer
     fit_started = time.perf_counter()
-    try:
-        trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
-    except Exception as error:
-        # what a state must look like is known to whoever takes it: Lightning's loops, torch's optimisers, callbacks
-        if path and not isinstance(error, UserError) and _in_restoring(error):
-            raise UserError(
-                f"--resume: the state of the training in {path} is spoilt or another version's "
-                f"({type(error).__name__}: {error}): name another checkpoint, or start anew without --resume"
-            ) from error
-        raise
+    trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
     fit_seconds = time.perf_counter() - fit_started
     running_loss = next(callback for callback in trainer.callbacks if isinstance(callback, RunningLoss))  # type: ignore[attr-defined]
     return {
@@ -95,11 +87,6 @@ def train(command: cli.CLI, started: float, path: Path | None = None) -> dict[st
     }
 
 
-def _in_restoring(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return any(frame.name.startswith(("restore", "_restore", "_load_combined_loader_states")) for frame in frames)
-
-
 def finish(command: cli.CLI, started: float, seconds: dict[str, float]) -> None:
     """Tests once, the best checkpoint where validation chose one, prints the report and writes `results.json`."""
     trainer, model, data = command.trainer, command.model, command.datamodule
@@ -107,6 +94,8 @@ def finish(command: cli.CLI, started: float, seconds: dict[str, float]) -> None:
     run = Path(trainer.log_dir or ".")  # asked for on every rank: rank 0 broadcasts it
     best = run / "checkpoints" / "best.ckpt"
     select = bool(data.num_val) and best.is_file()
+    if select:
+        read_checkpoint(best)  # of a resumed run, it may be anyone's
     trainer.test(model, datamodule=data, ckpt_path=best if select else None, weights_only=True, verbose=False)
     if not trainer.is_global_zero:
         return
@@ -147,18 +136,22 @@ def _resume(args: list[str]) -> tuple[Path | None, dict[str, Any], dict[str, Any
     return path, checkpoint, config
 
 
-def _check_position(checkpoint: dict[str, Any], config: dict[str, Any]) -> None:
+def _check_position(checkpoint: dict[str, Any], config: dict[str, Any], num_batches: int) -> None:
     """A position in an epoch means something only in the order and batches that it was counted in."""
-    then = checkpoint["lit_cifar"]["config"]
-    for section, key in (("data", "dataset"), ("data", "batch_size"), ("data", "num_val"), ("data", "drop_last")):
-        if then and then[section][key] != config[section][key]:
+    then = checkpoint["lit_cifar"].get("config") or {}
+    before = {**then.get("data", {}), "seed": then.get("seed_everything", config["seed_everything"])}
+    now = {**config["data"], "seed": config["seed_everything"]}
+    for key in ("dataset", "batch_size", "num_val", "drop_last", "seed"):
+        if before.get(key, now[key]) != now[key]:
             raise UserError(
-                f"--resume: --{key} was {then[section][key]} and is now {config[section][key]}; "
+                f"--resume: --{key} was {before[key]} and is now {now[key]}; "
                 "a run goes on with what it began with: leave the flag out"
             )
-    if then and then["seed_everything"] != config["seed_everything"]:
+    (position,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    if position["batch"] > num_batches:
         raise UserError(
-            f"--resume: --seed was {then['seed_everything']} and is now {config['seed_everything']}: leave the flag out"
+            f"--resume: the checkpoint has {position['batch']} batches of an epoch behind it, which has {num_batches} "
+            "now: use the data that the run began with"
         )
 
 

@@ -197,13 +197,7 @@ class DeviceLoader:
         return dict(self._state)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues at a position from `state_dict`, on any number of ranks.
-
-        Raises:
-            ValueError: it is no position.
-        """
-        if not all(isinstance(state[key], int) and state[key] >= 0 for key in ("epoch", "batch")):
-            raise ValueError(f"no position in the data: {state}")
+        """Continues at a position from `state_dict`, on any number of ranks."""
         self._epoch, self._start = state["epoch"], state["batch"]
         self._state = dict(state)
 

@@ -359,25 +359,19 @@ class LitClassifier(LightningModule):
         ] or [{"name": "net", **own}]
 
     def on_train_start(self) -> None:
-        """Lets flags given on a resume count: a restored optimiser comes with its checkpoint's settings.
-
-        Raises:
-            UserError: its state is that of other weights, which torch does not look at.
-        """
-        for weight, state in self.trainer.optimizers[0].state.items():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != weight.shape:
-                    raise UserError(
-                        f"--resume: the optimiser's {name} is {tuple(value.shape)} in the checkpoint, for a weight of "
-                        f"{tuple(weight.shape)}: name another checkpoint, or start anew without --resume"
-                    )
+        """Lets flags given on a resume count: a restored optimiser comes with its checkpoint's settings."""
+        optimizer = self.trainer.optimizers[0]
+        if isinstance(optimizer, torch.optim.SGD) and optimizer.state:
+            # restored, and nothing for weights that had no gradient yet, of which torch's fused step would fail
+            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+                optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         settings = self.settings()
         factor = 1.0
         for scheduler in schedulers:
             scheduler.base_lrs = [setting["lr"] for setting in settings]
             factor = lr_factor(scheduler.last_epoch, self._num_steps(), self.schedule, self.warmup)
-        for group, setting in zip(self.trainer.optimizers[0].param_groups, settings, strict=True):
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
             group.update({**setting, "lr": setting["lr"] * factor})
             if schedulers:
                 group["initial_lr"] = setting["lr"]

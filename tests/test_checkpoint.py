@@ -30,7 +30,12 @@ from lit_cifar.checkpoint import (
 )
 from lit_cifar.errors import UserError
 
-CHECKPOINT = {"state_dict": {"net.weight": torch.arange(250_000.0)}, "lit_cifar": {"classes": ["a"], "config": {}}}
+CHECKPOINT = {
+    "state_dict": {"net.weight": torch.arange(250_000.0)},
+    "global_step": 1,
+    "pytorch-lightning_version": "2.6.6",
+    "lit_cifar": {"classes": ["a"], "config": {}},
+}
 
 
 def error_of(function: Any, *args: Any) -> str:
@@ -214,7 +219,12 @@ def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / RUNS) in error_of(lambda: RunLogger(str(tmp_path)).version)
 
 
-OURS = {"state_dict": {}, "global_step": 1, "lit_cifar": {"classes": ["cat", "dog"], "config": {}}}
+OURS = {
+    "state_dict": {},
+    "global_step": 1,
+    "pytorch-lightning_version": "2.6.6",
+    "lit_cifar": {"classes": ["cat", "dog"], "config": {}},
+}
 
 
 @pytest.fixture

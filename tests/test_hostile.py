@@ -237,6 +237,11 @@ def momentum(content: dict[str, Any], value: Any) -> list[Any]:
     return [{**optimizer, "state": {**optimizer["state"], 0: {"momentum_buffer": value}}}]
 
 
+def setting(content: dict[str, Any], name: str, value: Any) -> list[Any]:
+    (optimizer,) = content["optimizer_states"]
+    return [{**optimizer, "param_groups": [{**optimizer["param_groups"][0], name: value}]}]
+
+
 def loops(content: dict[str, Any], **parts: Any) -> dict[str, Any]:
     return {**content["loops"], "fit_loop": {**content["loops"]["fit_loop"], **parts}}
 
@@ -260,8 +265,24 @@ def callbacks(content: dict[str, Any], **parts: Any) -> dict[str, Any]:
         lambda content: spoilt(content, optimizer_states=[1]),
         lambda content: spoilt(content, optimizer_states=[{"state": {}, "param_groups": []}]),
         lambda content: spoilt(content, optimizer_states=momentum(content, torch.zeros(7))),
+        lambda content: spoilt(content, optimizer_states=momentum(content, None)),
+        lambda content: spoilt(content, optimizer_states=setting(content, "differentiable", True)),
+        lambda content: spoilt(content, optimizer_states=setting(content, "foreach", "yes")),
+        lambda content: spoilt(content, optimizer_states=setting(content, "lr", [1])),
         lambda content: spoilt(content, optimizer_states=momentum(content, torch.zeros(1).expand(10**6, 10**6))),
         lambda content: spoilt(content, lr_schedulers=[{"last_epoch": "soon"}]),
+        lambda content: spoilt(content, lr_schedulers=None),
+        lambda content: spoilt(content, loops=loops(content, epoch_progress={})),
+        lambda content: spoilt(content, loops=loops(content, **{"epoch_loop.batch_progress": {"increment_ready": 1}})),
+        lambda content: spoilt(
+            content, loops=loops(content, state_dict={"combined_loader": [{"epoch": 0, "batch": 101}]})
+        ),
+        lambda content: spoilt(content, callbacks=callbacks(content, random_states=[[]])),
+        lambda content: spoilt(
+            content, callbacks=callbacks(content, random_states=[{"cpu": 0 * torch.get_rng_state()}])
+        ),
+        lambda content: {key: value for key, value in content.items() if key != "global_step"},
+        lambda content: {key: value for key, value in content.items() if key != "optimizer_states"},
         lambda content: spoilt(content, callbacks=7),
         lambda content: spoilt(content, callbacks=callbacks(content, random_states=[{"cpu": torch.zeros(3)}])),
         lambda content: spoilt(content, callbacks=callbacks(content, random_states=3)),
@@ -279,6 +300,19 @@ def test_a_training_of_odd_states_is_told_when_it_is_to_go_on(
     told = error_of(lit_cifar.fit.main, ["--resume", str(path), "--max_epochs", "2", "--trainer.accelerator", "cpu"])
     assert told.isprintable()
     assert not list(Path("lightning_logs").glob("*/checkpoints/*"))
+
+
+def test_a_training_goes_on_where_some_weights_have_no_momentum_yet(content: dict[str, Any]) -> None:
+    (optimizer,) = content["optimizer_states"]
+    some = {number: state for number, state in optimizer["state"].items() if number % 2}
+    path = save(spoilt(content, optimizer_states=[{**optimizer, "state": some}]))
+    lit_cifar.fit.main(["--resume", str(path), "--max_epochs", "2", "--trainer.accelerator", "cpu"])
+
+
+def test_settings_that_the_parser_fails_of_are_told() -> None:
+    Path("config.yaml").write_text("config: true\n")
+    for flags in (["--config", "config.yaml", "--print_config"], ["--data", "\0"]):
+        assert error_of(lit_cifar.fit.main, flags).startswith("the settings cannot be read")
 
 
 def test_a_net_of_any_size_takes_no_memory(content: dict[str, Any]) -> None:

@@ -45,12 +45,30 @@ def test_gradients_spoilt_between_logged_steps_are_seen_in_the_next_loss() -> No
 
 
 def test_a_loader_that_starves_the_net_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    slow = '[{"class_path": "faults.SlowTransform", "init_args": {"seconds": 0.005}}]'
-    lit_cifar.fit.main([*STEPS, "--trainer.max_steps", "25", "--data.transform", slow])
+    slow = '[{"class_path": "faults.SlowTransform", "init_args": {"seconds": 0.01}}]'
+    # made by the process itself, one after the other: 8 images take 80 ms or more on whatever machine
+    flags = ["--data.transform", slow, "--data.num_workers", "0"]
+    lit_cifar.fit.main([*STEPS, "--trainer.max_steps", "25", *flags])
     (warning,) = _warnings(capsys.readouterr().err)
-    assert re.match(
-        rf"a step waits 4\d\.\d of its \d\d\.\d ms for images \(step {5 * IN_A_ROW}\): .*num_workers", warning
-    )
+    found = re.match(r"a step waits ([\d.]+) of its ([\d.]+) ms for images \(step (\d+)\): (.*)", warning)
+    assert found
+    wait_ms, step_ms, step = map(float, found.groups()[:3])
+    assert 80 <= wait_ms <= step_ms
+    assert step == 5 * IN_A_ROW
+    assert found[4].startswith("raise --data.num_workers, which is 0 on")
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_cores", "way_out"),
+    [(None, 8, "less --data.augment"), (2, 8, "raise --data.num_workers"), (8, 8, "cheaper --data.transform")],
+)
+def test_what_to_do_about_a_loader_depends_on_what_it_has(
+    num_workers: int | None, num_cores: int, way_out: str
+) -> None:
+    watch = Watch()
+    told = [watch.data(step, 30.0, 50.0, num_workers, num_cores) for step in range(IN_A_ROW)]
+    assert told[:-1] == [None] * (IN_A_ROW - 1)
+    assert way_out in str(told[-1])
 
 
 def test_a_full_disk_is_told_once_before_it_is_full(
@@ -71,12 +89,18 @@ def test_a_healthy_training_is_told_nothing(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_rank_that_the_others_wait_for_is_named_once_by_the_first(run_command: Run) -> None:
     slow = '[{"class_path": "faults.SlowTransform", "init_args": {"seconds": 0.02, "rank": 1}}]'
-    flags = [*STEPS, "--trainer.max_steps", "30", "--data.transform", slow, "--devices", "2"]
+    flags = [*STEPS, "--trainer.max_steps", "30", "--data.transform", slow, "--data.num_workers", "0", "--devices", "2"]
     done = run_command("lit_cifar.fit", *flags, PYTHONPATH=_with_faults())
     assert done.returncode == 0, done.stderr
     (warning,) = _warnings(done.stderr)
-    assert warning.startswith(f"rank 1 on {socket.gethostname()} takes 8"), "4 images of 20 ms, and the forward pass"
-    assert "all wait for it (step 15)" in warning
+    host = re.escape(socket.gethostname())
+    found = re.match(
+        rf"rank 1 on {host} takes ([\d.]+) ms for what the other ranks do in ([\d.]+) ms, and all", warning
+    )
+    assert found
+    assert float(found[1]) >= 80, "4 images of 20 ms, and the forward pass"
+    assert float(found[1]) > float(found[2])
+    assert f"wait for it (step {5 * IN_A_ROW})" in warning
 
 
 def _with_faults() -> str:
@@ -130,8 +154,9 @@ def test_what_is_wrong_on_another_node_is_told_by_its_first_process(
     torchrun = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "GROUP_RANK": "1", "RANK": "2"}
     done = run_command("lit_cifar.fit", *args, LOCAL_RANK=local_rank, **torchrun)
     assert done.returncode == 2
-    start = f"lit_cifar: error: rank 2 on {socket.gethostname()}: no-such.zip"
+    start = f"lit_cifar: error: rank 2 on {socket.gethostname()}: there is no archive no-such.zip"
     assert done.stderr.startswith(start) if told else done.stderr == ""
+    assert len(done.stderr.splitlines()) == told
 
 
 def test_other_ranks_say_who_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
