@@ -195,7 +195,7 @@ def loader(args: argparse.Namespace) -> Section:
 
 
 def speedrun94(args: argparse.Namespace) -> Section:
-    """Ours over some seeds, in the faster precision; the peer's steps before and after, since a run of its takes long."""
+    """Ours over some seeds, in the faster precision; the peer's steps before and after, as a run of its takes long."""
     flags = ["configs/speedrun94.yaml", "--runs", args.runs, "--data_dir", args.data_dir]
     step_seconds = {precision: _speedrun_step(args, precision) for precision in ("32-true", "bf16-mixed")}
     flags += ["--precision", min(step_seconds, key=step_seconds.__getitem__)]
@@ -366,10 +366,11 @@ def main() -> None:
     parser.add_argument("--airbench94", type=Path, help="a copy of airbench94_muon.py; see benchmarks/README.md")
     parser.add_argument("--output", type=Path, default=ROOT / "BENCHMARKS.md")
     args = parser.parse_args()
+    made_by = commit()  # before BENCHMARKS.md is changed
     for name in args.only:
         section = SECTIONS[name](args)
         software = ", ".join(f"{package} {version}" for package, version in versions().items())
-        stamp = f"{time.strftime('%Y-%m-%d')}; {device()}; {software}; commit {commit()}."
+        stamp = f"{time.strftime('%Y-%m-%d')}; {device()}; {software}; commit {made_by}."
         text = "\n".join([MARK.format(name), "", *section.lines(), stamp, "", MARK.format(f"end of {name}")])
         write(args.output, name, text)
         print(text, flush=True)

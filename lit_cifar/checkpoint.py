@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from packaging.version import Version
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from lit_cifar import log
 from lit_cifar.errors import DivergedError, UserError
@@ -69,6 +70,15 @@ class RunLogger(TensorBoardLogger):
             except OSError as error:
                 raise UserError(f"cannot make a run's folder in {runs} ({error.strerror}): make it writable") from None
         return self._claimed
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """All metrics of a step in one event; with one for each, the writer's thread interrupts a step as often."""
+        if any(isinstance(value, Mapping) for value in metrics.values()):  # curves that share a chart
+            super().log_metrics(dict(metrics), step)
+            return
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        self.experiment._get_file_writer().add_summary(Summary(value=values), step)
 
     @rank_zero_only
     def save(self) -> None:

@@ -4,6 +4,7 @@ import time
 
 _started = time.perf_counter()  # before the imports, which are part of what a run costs
 
+import gc  # noqa: E402
 import os  # noqa: E402
 from datetime import datetime, timezone  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -76,6 +77,7 @@ def train(command: cli.CLI, started: float, path: Path | None = None) -> dict[st
         UserError: the loss or a weight is no longer finite (DivergedError), or a checkpoint cannot be written.
     """
     trainer = command.trainer
+    gc.freeze()  # what is imported stays: searching it for garbage took 0.2 s before an epoch of 12,500 steps
     fit_started = time.perf_counter()
     trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
     fit_seconds = time.perf_counter() - fit_started

@@ -97,7 +97,8 @@ class LeanEpochLoop(_TrainingEpochLoop):
         batch_idx = self.batch_idx + 1
         batch_progress.is_last_batch = data_fetcher.done
         batch_progress.increment_ready()
-        connector.on_batch_start(batch)
+        connector._first_loop_iter = connector._first_loop_iter is None
+        results.batch, results.batch_size, results.dataloader_idx = batch, None, None
         self._call("on_train_batch_start", batch, batch_idx)
         batch_progress.increment_started()
 
