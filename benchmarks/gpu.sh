@@ -31,6 +31,7 @@ PYTHON
 peer() {
     echo "== $1, $runs runs"
     sed "s/range(200)/range($runs)/" "$peers/$1" > "$work/$1"
+    echo 'print("peak GPU memory, MB", torch.cuda.max_memory_allocated() / 1e6)' >> "$work/$1"
     (cd "$work" && "$python" "$1" | tail -n 30)
 }
 

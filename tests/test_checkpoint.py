@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_cifar.checkpoint import (
     RUNS,
@@ -212,6 +214,22 @@ def test_a_resumed_run_keeps_its_folder_and_other_ranks_make_none(
     monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
     assert isinstance(RunLogger(str(tmp_path)).version, int)
     assert os.listdir(tmp_path / RUNS) == ["version_3"]
+
+
+def test_metrics_are_logged_as_lightnings_own_logger_does(tmp_path: Path) -> None:
+    seen = []
+    for logger in (RunLogger(str(tmp_path / "ours")), TensorBoardLogger(str(tmp_path / "own"))):
+        for step in (5, 7):
+            logger.log_metrics({"train/loss": 1.5 / step, "lr/net": torch.tensor(0.1)}, step=step)
+        logger.log_metrics({"curves": {"one": 1.0, "two": 2.0}}, step=9)
+        logger.save()
+        logger.finalize("success")
+        events = EventAccumulator(logger.log_dir)
+        events.Reload()
+        assert set(events.Tags()["scalars"]) == {"train/loss", "lr/net"}
+        seen.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]})
+        assert (Path(logger.log_dir) / "curves_one").is_dir(), "a run of its own for each of the curves in one chart"
+    assert seen[0] == seen[1]
 
 
 def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:

@@ -47,10 +47,10 @@ ITS_OWN = ("seconds", "peak_memory", "when", "commit")  # what no two runs share
 class Training:
     """`python -m lit_cifar.fit` in `folder` and in a session of its own, its output in a file."""
 
-    def __init__(self, folder: Path, *args: str) -> None:
+    def __init__(self, folder: Path, *args: str, num_threads: int = 1) -> None:
         self.folder = folder
         self.log = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(num_threads)}
         env.pop("LIT_CIFAR_RESUME", None)
         self.started = time.monotonic()
         with self.log.open("wb") as log:
@@ -128,12 +128,15 @@ class Outcome:
 HEADER = f"{'recipe':<11} devices  victim kills resumed runs seconds  others end (s)  moments"
 
 
-def stress(folder: Path, recipe: str, devices: int, num_kills: int, seed: int = 0, victim: str = "all") -> Outcome:
+def stress(
+    folder: Path, recipe: str, devices: int, num_kills: int, seed: int = 0, victim: str = "all", num_threads: int = 1
+) -> Outcome:
     """Kills trainings of a recipe `num_kills` times; as many runs, one after the other, as take so many.
 
     Args:
         folder: an empty folder to work in.
         victim: 'all' kills the whole process group, '0' or '1' that rank alone.
+        num_threads: of each process.
     """
     draws = random.Random(f"{seed} {recipe} {devices} {victim}")
     args = [*SHAPES, *RECIPES[recipe], *OFTEN, "--devices", str(devices)]
@@ -141,7 +144,7 @@ def stress(folder: Path, recipe: str, devices: int, num_kills: int, seed: int = 
     began = time.monotonic()
 
     (folder / "whole").mkdir(parents=True)
-    whole = Training(folder / "whole", *args)
+    whole = Training(folder / "whole", *args, num_threads=num_threads)
     assert whole.wait_until(whole.trains), whole.output()
     start_seconds = time.monotonic() - whole.started
     whole.process.wait()
@@ -155,7 +158,7 @@ def stress(folder: Path, recipe: str, devices: int, num_kills: int, seed: int = 
         sent = 0
         while True:
             resume = ["--resume", "if-any"] if sent else []
-            training = Training(place, *args, *resume)
+            training = Training(place, *args, *resume, num_threads=num_threads)
             left = num_kills - sum(outcome.kills.values())
             if not left:
                 training.wait_until(lambda: False)
@@ -273,6 +276,7 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", type=int, choices=[1, 2], default=[1, 2])
     parser.add_argument("--victims", nargs="+", choices=["all", "0", "1"], default=["all", "0", "1"],
                         help="the whole process group, or one rank alone, on 2 devices")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; without it a temporary folder, removed in the end")
     options = parser.parse_args()
@@ -287,7 +291,7 @@ def main() -> None:
                         continue
                     place = Path(folder) / f"{recipe}-{devices}-{victim}"
                     num_kills = options.kills if victim == "all" else max(1, options.kills // 5)
-                    outcome = stress(place, recipe, devices, num_kills, options.seed, victim)
+                    outcome = stress(place, recipe, devices, num_kills, options.seed, victim, options.threads)
                     print(outcome.row(), flush=True)
                     faults += outcome.faults
         for fault in faults:
