@@ -32,7 +32,8 @@ def save(module: LitClassifier, net: Any, **settings: Any) -> Path:
     """A checkpoint as a run writes it, of a module whose net a config describes."""
     config = {"model": {"net": net, "tta": "none", **settings}}
     mine = {"classes": [f"class {label}" for label in range(10)], "config": config}
-    torch.save({"state_dict": module.state_dict(), "lit_cifar": mine}, "made.ckpt")
+    by_lightning = {"pytorch-lightning_version": "2.6.6", "global_step": 1}
+    torch.save({"state_dict": module.state_dict(), "lit_cifar": mine, **by_lightning}, "made.ckpt")
     return Path("made.ckpt")
 
 
