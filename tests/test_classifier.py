@@ -157,7 +157,8 @@ def test_an_unknown_augmentation_is_told(trained: Path) -> None:
 
 def test_a_checkpoint_without_a_config_is_told() -> None:
     path = save(LitClassifier(Net()), {})
-    torch.save({"state_dict": {}, "lit_cifar": {"classes": [], "config": {}}}, path)
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, "lit_cifar": {"classes": [], "config": {}}}, path)
     with pytest.raises(UserError, match="does not say which net"):
         load(path)
 
