@@ -139,7 +139,7 @@ def stress(
         num_threads: of each process.
     """
     draws = random.Random(f"{seed} {recipe} {devices} {victim}")
-    args = [*SHAPES, *RECIPES[recipe], *OFTEN, "--devices", str(devices)]
+    args = [*RECIPES[recipe], *SHAPES, *OFTEN, "--devices", str(devices)]
     outcome = Outcome(recipe, devices, victim)
     began = time.monotonic()
 
