@@ -201,7 +201,8 @@ class LitClassifier(LightningModule):
         """Images (B, 3, h, w) of any float dtype at side x side pixels; as they are without a side."""
         if side is None or side == images.shape[2]:
             return images
-        return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+        # in float32, because torch has no antialiasing for bfloat16 on the CPU
+        return F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True).to(images.dtype)
 
     def setup(self, stage: str) -> None:
         """Learns the classes from the data module; makes one confusion matrix and one loss a stage.
