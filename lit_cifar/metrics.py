@@ -1,21 +1,31 @@
 """What is counted while a net is evaluated, summed or joined over ranks. What is said of it is report's, pictures are
 pictures'."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 NUM_BINS = 15  # of confidence, as in arXiv 1706.04599
 NUM_MISTAKES = 16  # kept for the picture
 
 
-class SummedLoss(Metric):
-    """Mean cross-entropy over all images of all ranks: a float64 sum and an integer count, divided last."""
+class _Exact(Metric):
+    """A metric that moves to its module's device and keeps its numbers' types, whatever the weights become."""
 
     full_state_update = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        # torchmetrics' own guard knows half() and its like, not to(dtype), with which --precision bf16-true converts
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
+
+
+class SummedLoss(_Exact):
+    """Mean cross-entropy over all images of all ranks: a float64 sum and an integer count, divided last."""
+
     total: Tensor
     num_images: Tensor
 
@@ -59,14 +69,13 @@ class Calibration:
         return float((self.num_correct - self.confidence).abs().sum() / self.num_images.sum().clamp(min=1))
 
 
-class SummedCalibration(Metric):
+class SummedCalibration(_Exact):
     """Calibration over all images of all ranks.
 
     torchmetrics' MulticlassCalibrationError gives the same error; it keeps each image's confidence and has no bins to
     draw a diagram from.
     """
 
-    full_state_update = False
     num_images: Tensor
     num_correct: Tensor
     confidence: Tensor
@@ -120,10 +129,9 @@ def _join_ranks(state: Tensor) -> Tensor:
     return state.flatten(0, 1)  # (ranks, M, ...)
 
 
-class WorstMistakes(Metric):
+class WorstMistakes(_Exact):
     """The NUM_MISTAKES images of all ranks that the net got wrong and was surest of."""
 
-    full_state_update = False
     images: Tensor
     labels: Tensor
     predictions: Tensor

@@ -22,7 +22,6 @@ from lit_cifar.sources import IMAGE_SUFFIXES, decode_image, in_order, printable
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")  # taken from folders
 STDIN = "-"
-READER_GONE = 128 + 13  # the exit code of what SIGPIPE ends, such as `yes` in `yes | head`
 
 
 class Pixels(NamedTuple):
@@ -66,14 +65,10 @@ def main(args: list[str]) -> None:
         sys.stdout.flush()
         return sum(bool(image.error) for image in batch)
 
-    try:
-        if options.csv:
-            columns = [f"{column}_{place}" for place in range(1, top + 1) for column in ("class", "probability")]
-            print("path", *columns, "error", sep=",")
-        num_broken = _in_background(finish, _batches(images, options.batch_size))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
-        sys.exit(READER_GONE)
+    if options.csv:
+        columns = [f"{column}_{place}" for place in range(1, top + 1) for column in ("class", "probability")]
+        print("path", *columns, "error", sep=",")
+    num_broken = _in_background(finish, _batches(images, options.batch_size))
     if num_broken:
         raise UserError(f"{num_broken} of {len(images)} images could not be read")
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,8 @@ def peak_memory() -> dict[str, int | None]:
     peak: int | None = None
     if resource is not None:
         own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        with suppress(OSError, IndexError):  # Linux, where ru_maxrss is no less than the peak of what started us
+            own = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
         peak = max(own, children) * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     return {"resident": peak, "gpu": gpu}

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 
 import lit_cifar.fit
-from lit_cifar import sources
+from lit_cifar import errors, sources
 from lit_cifar.cli import CLI, SHORT_FLAGS
 from lit_cifar.errors import UserError
 
@@ -341,3 +341,14 @@ def test_a_single_device_within_an_allocation_and_without_srun_is_fine(monkeypat
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SLURM_STEP_ID")  # as in the job's script itself
     assert _cli().trainer.world_size == 1
+
+
+def test_another_pipe_than_the_output_that_breaks_keeps_its_traceback() -> None:
+    def write_to_a_broken_pipe(args: list[str]) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "wb", buffering=0) as pipe:
+            pipe.write(b"unread")
+
+    with pytest.raises(BrokenPipeError):
+        errors.run(write_to_a_broken_pipe)

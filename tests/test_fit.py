@@ -370,12 +370,15 @@ def test_a_run_shorter_than_the_logging_interval_logs_its_end() -> None:
 
 
 def test_bf16_trains_as_32_bit_numbers_do() -> None:
-    for precision in ("32-true", "bf16-mixed"):
+    for precision in ("32-true", "bf16-mixed", "bf16-true"):
         lit_cifar.fit.main([*SHORT, "--precision", precision, "--lr", "0.01"])
-    full, half = (dict(scalars(f"version_{version}")["train/loss"]) for version in (0, 1))
-    assert half != full
-    assert half[50] == pytest.approx(full[50], rel=0.01)  # bf16 keeps 3 digits; later the two runs drift apart
+    full, mixed, half = (dict(scalars(f"version_{version}")["train/loss"]) for version in (0, 1, 2))
+    assert full != mixed != half
+    # bf16 keeps 3 digits; later the runs drift apart
+    assert mixed[50] == pytest.approx(full[50], rel=0.01)
+    assert half[50] == pytest.approx(full[50], rel=0.02)
     assert {weight.dtype for weight in weights("version_1").values()} == {torch.float32}
+    assert torch.bfloat16 in {weight.dtype for weight in weights("version_2").values()}
 
 
 @pytest.mark.slow

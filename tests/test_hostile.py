@@ -34,19 +34,17 @@ CANARY = Path("canary")  # made by whatever runs
 
 # Runs calls one after the other, in a process whose peak of memory is then known.
 MEASURED = """
-import resource, sys
+import sys
 from pathlib import Path
 from lit_cifar.errors import UserError
+from lit_cifar.report import peak_memory
 {setting}
 for path in sys.argv[1:]:
     try:
         {call}
     except UserError as error:
         print(path, "told", str(error).isprintable())
-try:  # ru_maxrss counts what the parent had, on Linux
-    print(1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
-except FileNotFoundError:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_memory()["resident"])
 """
 
 
