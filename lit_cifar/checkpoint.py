@@ -53,6 +53,7 @@ class RunLogger(TensorBoardLogger):
     def __init__(self, save_dir: str, version: int | None = None, purge_step: int | None = None) -> None:
         super().__init__(save_dir, name=RUNS.name, version=version, default_hp_metric=False, purge_step=purge_step)
         self._claimed = version
+        self._resumed_step = None if purge_step is None else purge_step - 1
 
     @property
     def version(self) -> int:
@@ -78,12 +79,32 @@ class RunLogger(TensorBoardLogger):
             super().log_metrics(dict(metrics), step)
             return
         values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
-        self.experiment._get_file_writer().add_summary(Summary(value=values), step)
+        if step is not None and step == self._resumed_step:
+            # nothing is left to train: a test that was killed after it had logged, or that is repeated
+            written = scalars_at(Path(self.log_dir), step)
+            values = [value for value in values if written.get(value.tag) != value.simple_value]
+        if values:
+            self.experiment._get_file_writer().add_summary(Summary(value=values), step)
 
     @rank_zero_only
     def save(self) -> None:
         """Brings events onto the disk; no hparams.yaml, whose place config.yaml takes."""
         self.experiment.flush()
+
+
+def scalars_at(run: Path, step: int) -> dict[str, float]:
+    """What TensorBoard shows of a run at a step, by tag."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import SessionLog
+
+    found: dict[str, float] = {}
+    for path in sorted(run.glob("events.out.tfevents.*")):  # in TensorBoard's own order
+        for event in LegacyEventFileLoader(str(path)).Load():
+            if event.session_log.status == SessionLog.START and event.step <= step:
+                found.clear()  # forgotten by a resumed run, from the event's step on
+            if event.step == step:
+                found |= {value.tag: value.simple_value for value in event.summary.value}
+    return found
 
 
 class DurableCheckpointIO(TorchCheckpointIO):

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from lit_cifar.checkpoint import (
     get_random_state,
     read_checkpoint,
     run_folder,
+    scalars_at,
     set_random_state,
 )
 from lit_cifar.errors import UserError
@@ -230,6 +232,23 @@ def test_metrics_are_logged_as_lightnings_own_logger_does(tmp_path: Path) -> Non
         seen.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]})
         assert (Path(logger.log_dir) / "curves_one").is_dir(), "a run of its own for each of the curves in one chart"
     assert seen[0] == seen[1]
+
+
+def test_what_a_run_has_at_a_step_is_what_tensorboard_shows(tmp_path: Path) -> None:
+    run = tmp_path / RUNS / "version_0"
+    for purge_step, steps in ((None, (1, 2, 3)), (3, (3, 4)), (5, (5,))):
+        logger = RunLogger(str(tmp_path), version=0, purge_step=purge_step)
+        for step in steps:
+            logger.log_metrics({"train/loss": 10 * (purge_step or 0) + step, f"train/of_{purge_step}": 0.1}, step=step)
+        logger.finalize("success")
+        time.sleep(1.01)  # files are named by the second
+    with next(run.glob("events.*")).open("ab") as file:
+        file.write(b"cut off")  # by a kill
+    events = EventAccumulator(str(run))
+    events.Reload()
+    shown = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    for step in range(7):
+        assert scalars_at(run, step) == {tag: values[step] for tag, values in shown.items() if step in values}
 
 
 def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ RECIPES = {
         *("--batch_size", "20", "--trainer.limit_train_batches", "100", "--model.sides", "[16, 20, 24]"),
     ],
 }
-MOMENTS = ("start", "train", "save", "save")
+MOMENTS = ("start", "train", "save", "save", "test")
 ENDS_WITHIN = 60  # seconds, for the ranks that are left when one is killed
 ITS_OWN = ("seconds", "peak_memory", "when", "commit")  # what no two runs share in results.json
 
@@ -49,6 +49,7 @@ class Training:
 
     def __init__(self, folder: Path, *args: str, num_threads: int = 1) -> None:
         self.folder = folder
+        self.args = args
         self.log = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(num_threads)}
         env.pop("LIT_CIFAR_RESUME", None)
@@ -80,6 +81,11 @@ class Training:
 
     def trains(self) -> bool:
         return "training " in self.output()
+
+    def tests(self) -> bool:
+        """Whether its last epoch is over; a run that goes on after that trains no epoch."""
+        epochs = self.args[self.args.index("--max_epochs") + 1]
+        return f"epoch {epochs}  validation" in self.output()
 
     def saves(self) -> bool:
         return any(self.folder.glob("lightning_logs/version_*/checkpoints/.*.part"))
@@ -147,9 +153,11 @@ def stress(
     whole = Training(folder / "whole", *args, num_threads=num_threads)
     assert whole.wait_until(whole.trains), whole.output()
     start_seconds = time.monotonic() - whole.started
+    assert whole.wait_until(whole.tests), whole.output()
+    fit_seconds = time.monotonic() - whole.started - start_seconds
     whole.process.wait()
     assert whole.process.returncode == 0, whole.output()
-    fit_seconds = time.monotonic() - whole.started - start_seconds
+    test_seconds = time.monotonic() - whole.started - start_seconds - fit_seconds
 
     while sum(outcome.kills.values()) < num_kills and not outcome.faults:
         outcome.runs += 1
@@ -168,6 +176,9 @@ def stress(
             pause = draws.uniform(0, fit_seconds / 5)
             if moment == "start":
                 alive = training.wait_until(_passed(draws.uniform(0.1, start_seconds)))
+            elif moment == "test":
+                pause = draws.uniform(0, test_seconds)
+                alive = training.wait_until(training.tests) and training.wait_until(_passed(pause))
             else:
                 alive = training.wait_until(training.trains) and training.wait_until(_passed(pause))
                 if alive and moment == "save":
@@ -292,10 +303,8 @@ def main() -> None:
                     place = Path(folder) / f"{recipe}-{devices}-{victim}"
                     num_kills = options.kills if victim == "all" else max(1, options.kills // 5)
                     outcome = stress(place, recipe, devices, num_kills, options.seed, victim, options.threads)
-                    print(outcome.row(), flush=True)
+                    print(outcome.row(), *outcome.faults, sep="\n", flush=True)
                     faults += outcome.faults
-        for fault in faults:
-            print(fault, file=sys.stderr)
     sys.exit(1 if faults else 0)
 
 
