@@ -426,9 +426,7 @@ def _locked(folder: Path, spec: Archive, limits: Limits) -> Iterator[None]:
         except Timeout:
             log.tell(f"waiting for another process that makes {spec.title} ready in {folder}")
             lock.acquire(poll_interval=0.5)  # sparing a file server that many nodes ask
-        except (
-            NotImplementedError
-        ) as error:  # filelock raises it where flock answers ENOSYS: no locks on that file system
+        except NotImplementedError as error:  # filelock's, where flock answers ENOSYS: no locks on that file system
             raise UserError(f"{folder} does not support file locks; name another folder with --data_dir") from error
     try:
         yield

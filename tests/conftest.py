@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["--dataset", "shapes", "--batch_size", "100", "--lr", "0.02", "--max_epochs", "1"]
     lit_cifar.fit.main([*flags, "--model.tta", "mirror_shift", "--trainer.default_root_dir", str(place)])
     return place / "lightning_logs" / "version_0"
+
+
+@contextmanager
+def followed(module: str, *args: object) -> Iterator["subprocess.Popen[str]"]:
+    """`python -m MODULE ARGS` in this folder, whose output the caller reads as it comes; killed in the end."""
+    with subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, args)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture

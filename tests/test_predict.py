@@ -6,7 +6,6 @@ import json
 import os
 import re
 import struct
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run
+from conftest import Run, followed
 from PIL import Image
 
 import lit_cifar.predict
@@ -222,24 +221,15 @@ def test_broken_images_have_lines_of_their_own_and_take_no_memory(
 
 def test_lines_come_as_batches_are_done_and_may_stop_being_read(checkpoint: Path, drawn: torch.Tensor) -> None:
     os.mkfifo("later.png")
-    command = [sys.executable, "-m", "lit_cifar.predict", "--ckpt_path", str(checkpoint), "--batch_size", "1"]
-    with subprocess.Popen(
-        [*command, "drawn/00.png", "later.png", "drawn/01.png"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    paths = ["drawn/00.png", "later.png", "drawn/01.png"]
+    with followed("lit_cifar.predict", "--ckpt_path", checkpoint, "--batch_size", "1", *paths) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        try:
-            assert process.stdout.readline().startswith("drawn/00.png  ")
-            process.stdout.close()  # as `head -1` does
-            Path("later.png").write_bytes(Path("drawn/02.png").read_bytes())
-            assert process.stderr.read() == ""
-            assert process.wait(60) == 141
-        finally:
-            process.kill()
+        assert process.stdout.readline().startswith("drawn/00.png  ")
+        process.stdout.close()  # as `head -1` does
+        Path("later.png").write_bytes(Path("drawn/02.png").read_bytes())
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,13 @@
 """Warnings of a training that goes on, and lines in general: each is said once, by one rank, at the level asked for."""
 
-import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, Run
+from conftest import Run, followed
 from test_fit import SHAPES
 
 import lit_cifar.fit
@@ -124,23 +121,13 @@ def test_lines_are_plain_where_the_output_is_no_terminal_and_none_is_said_twice(
 
 
 def test_a_training_whose_lines_nobody_reads_on_ends_without_a_traceback() -> None:
-    command = [sys.executable, "-m", "lit_cifar.fit", *STEPS, "--running_loss.every_n_steps", "10"]
-    with subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with followed("lit_cifar.fit", *STEPS, "--running_loss.every_n_steps", "10") as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        try:
-            assert "training 62,006 parameters" in process.stdout.readline()
-            process.stdout.close()  # as `head -1` does
-            assert process.stderr.read() == ""
-            assert process.wait(60) == 141
-        finally:
-            process.kill()
+        assert "training 62,006 parameters" in process.stdout.readline()
+        process.stdout.close()  # as `head -1` does
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141
 
 
 @pytest.mark.parametrize("level", log.LEVELS)

@@ -177,8 +177,9 @@ def stress(
             if moment == "start":
                 alive = training.wait_until(_passed(draws.uniform(0.1, start_seconds)))
             elif moment == "test":
-                pause = draws.uniform(0, test_seconds)
-                alive = training.wait_until(training.tests) and training.wait_until(_passed(pause))
+                alive = training.wait_until(training.tests) and training.wait_until(
+                    _passed(draws.uniform(0, test_seconds))
+                )
             else:
                 alive = training.wait_until(training.trains) and training.wait_until(_passed(pause))
                 if alive and moment == "save":
