@@ -15,7 +15,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 import torch
 import yaml
@@ -98,6 +99,15 @@ class Parser(LightningArgumentParser):
             action.option_strings = [f"--{short}", *action.option_strings]
             self._option_string_actions[f"--{short}"] = action
             action.help = text
+
+    def keep_whole_numbers(self) -> None:
+        """Lets 1 stay 1 where a setting takes shares and numbers: jsonargparse tries float first, and 1 means one batch
+        of --trainer.limit_train_batches where 1.0 means all of them."""
+        for action in self._actions:
+            types = get_args(typehint := getattr(action, "_typehint", None))
+            if float in types and int in types and get_origin(typehint) in (Union, UnionType):
+                others = [kind for kind in types if kind not in (int, float)]
+                action._typehint = Union[(int, float, *others)]  # type: ignore[attr-defined]
 
     def _find(self, dest: str) -> argparse.Action:
         return next(action for action in self._actions if action.dest == dest)
@@ -244,6 +254,7 @@ class CLI(LightningCLI):
         parser.set_defaults({"model.net": {"class_path": DEFAULT_NET}})
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_short_flags()
+        parser.keep_whole_numbers()
         if self._base:
             _set_base(parser, self._base)
 

@@ -1,5 +1,6 @@
 """What the user can mend: its exceptions, and how a command ends with it. What Lightning complains of is cli's."""
 
+import io
 import os
 import select
 import signal
@@ -22,7 +23,10 @@ class DivergedError(UserError):
 
 def run(command: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command on sys.argv and exits: 0 when done, 2 with one line when the user can mend it, READER_GONE when
-    nobody reads on what it prints."""
+    nobody reads on what it prints. Characters that the output's encoding lacks are written as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _code_of(command)
         sys.stdout.flush()

@@ -101,13 +101,14 @@ def finish(command: cli.CLI, started: float, seconds: dict[str, float]) -> None:
     trainer.test(model, datamodule=data, ckpt_path=best if select else None, weights_only=True, verbose=False)
     if not trainer.is_global_zero:
         return
+    lasting = not trainer.fast_dev_run  # type: ignore[attr-defined]
+    if lasting:  # first: what is printed may fail, on a terminal that is gone or cannot show it
+        now = time.perf_counter()
+        seconds = {**seconds, "test": now - test_started, "total": now - started}
+        write_results(run / RESULTS, _results(command, seconds, "best" if select else "last"))
     print_report(model.reports["test"], model.reports.get("plain"))
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
-    now = time.perf_counter()
-    seconds = {**seconds, "test": now - test_started, "total": now - started}
-    write_results(run / RESULTS, _results(command, seconds, "best" if select else "last"))
-    print(f"\nRun: {run}\nDashboards: tensorboard --logdir {run.parent}")
+    if lasting:
+        print(f"\nRun: {run}\nDashboards: tensorboard --logdir {run.parent}")
 
 
 def _add_arguments(parser: cli.Parser) -> None:

@@ -14,34 +14,55 @@ NUM_MISTAKES = 16  # kept for the picture
 
 
 class _Exact(Metric):
-    """A metric that moves to its module's device and keeps its numbers' types, whatever the weights become."""
+    """A metric that moves to its module's device and keeps its numbers' types, whatever the weights become.
+
+    Sums are pairs of what was added and what rounding left out (see `_add`): float64, or float32 on Apple's mps, which
+    has no float64.
+    """
 
     full_state_update = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         # torchmetrics' own guard knows half() and its like, not to(dtype), with which --precision bf16-true converts
-        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
+        def move(tensor: Tensor) -> Tensor:
+            to_mps = fn(torch.empty(0, dtype=torch.uint8, device=tensor.device)).device.type == "mps"
+            kept = torch.float32 if to_mps and tensor.dtype == torch.float64 else tensor.dtype
+            return fn(tensor.to(kept)).to(kept)
+
+        return super()._apply(move, exclude_state)
+
+
+def _add(sums: Tensor, addends: Tensor) -> Tensor:
+    """Sums (2, ...), a total and what its rounding left out, after adding (...); D. Knuth's TwoSum (TAOCP 2, 4.2.2).
+
+    1.3 million float32 losses in batches of 500 so come within 1e-7 of their sum in float64.
+    """
+    total, left_out = sums
+    addends = addends.to(sums.dtype)
+    new = total + addends
+    added = new - total
+    return torch.stack([new, left_out + ((total - (new - added)) + (addends - added))])
 
 
 class SummedLoss(_Exact):
-    """Mean cross-entropy over all images of all ranks: a float64 sum and an integer count, divided last."""
+    """Mean cross-entropy over all images of all ranks: an exact sum and an integer count, divided last."""
 
     total: Tensor
     num_images: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Adds the losses of logits (B, K) for labels (B,)."""
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
-        self.total += losses.double().sum()
+        self.total = _add(self.total, losses.to(self.total.dtype).sum())
         self.num_images += len(labels)
 
     def compute(self) -> Tensor:
-        return self.total / self.num_images
+        return self.total.sum() / self.num_images
 
 
 @dataclass(frozen=True)
@@ -82,24 +103,26 @@ class SummedCalibration(_Exact):
 
     def __init__(self) -> None:
         super().__init__()
-        for name, dtype in (
-            ("num_images", torch.int64),
-            ("num_correct", torch.int64),
-            ("confidence", torch.float64),
+        for name, zeros in (
+            ("num_images", torch.zeros(NUM_BINS, dtype=torch.int64)),
+            ("num_correct", torch.zeros(NUM_BINS, dtype=torch.int64)),
+            ("confidence", torch.zeros(2, NUM_BINS, dtype=torch.float64)),
         ):
-            self.add_state(name, torch.zeros(NUM_BINS, dtype=dtype), dist_reduce_fx="sum")
+            self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(self, probabilities: Tensor, labels: Tensor) -> None:
         """Adds images by their probabilities (B, K), 0 to 1, and labels (B,)."""
         confidence, predictions = probabilities.max(1)
         bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-        self.num_images.index_add_(0, bins, torch.ones_like(bins))
-        self.num_correct.index_add_(0, bins, (predictions == labels).long())
-        self.confidence.index_add_(0, bins, confidence.double())
+        # scatter_add_, because mps has no index_add_ of integers up to torch 2.8
+        self.num_images.scatter_add_(0, bins, torch.ones_like(bins))
+        self.num_correct.scatter_add_(0, bins, (predictions == labels).long())
+        sums = torch.zeros(NUM_BINS, dtype=self.confidence.dtype, device=bins.device)
+        self.confidence = _add(self.confidence, sums.scatter_add_(0, bins, confidence.to(sums.dtype)))
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """The fields of Calibration. Metric.compute takes no frozen dataclass."""
-        return self.num_images, self.num_correct, self.confidence
+        return self.num_images, self.num_correct, self.confidence.sum(0)
 
 
 @dataclass(frozen=True)

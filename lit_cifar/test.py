@@ -42,7 +42,6 @@ def main(args: list[str]) -> None:
         return
     report = model.reports["test"]
     plain = model.reports.get("plain")
-    print_report(report, plain)
     results = {
         "dataset": data.dataset,
         **report.results(),
@@ -55,6 +54,7 @@ def main(args: list[str]) -> None:
     }
     output = Path(command.options["output"] or (run_folder(path) or Path()) / f"test-{path.stem}.json")
     write_results(output, results)
+    print_report(report, plain)
     print(f"\nResults: {output}")
 
 

@@ -162,6 +162,31 @@ def test_errors_of_the_program_keep_their_traceback(run_command: Run) -> None:
     assert "AssertionError: a bug of ours" in done.stderr
 
 
+@pytest.mark.parametrize("stage", ["train", "val", "test", "predict"])
+@pytest.mark.parametrize("in_yaml", [False, True], ids=["flag", "YAML"])
+@pytest.mark.parametrize("value", ["1", "1.0", "0.5", "3", "null"])
+def test_a_limit_of_1_is_one_batch_and_1_0_is_all(stage: str, in_yaml: bool, value: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"trainer: {{limit_{stage}_batches: {value}}}\n")
+    flags = ["--config", "config.yaml"] if in_yaml else [f"--trainer.limit_{stage}_batches", value]
+    trainer = make_cli([*flags, "--data.num_val", "10"]).trainer
+    expected = 1.0 if value == "null" else yaml.safe_load(value)
+    limit = getattr(trainer, f"limit_{stage}_batches")
+    assert (limit, type(limit)) == (expected, type(expected))
+
+
+def test_output_that_the_terminal_cannot_encode_is_written_as_escapes(run_command: Run) -> None:
+    tree = Path("tree")
+    for split in ("train", "test"):
+        for class_name in ("café", "日本"):
+            (tree / split / class_name).mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (32, 32), (index, 0, 0)).save(tree / split / class_name / f"{index}.png")
+    flags = ["--data_dir", "tree", "--trainer.max_steps", "1", "--accelerator", "cpu"]
+    done = run_command("lit_cifar.fit", *flags, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    assert "caf\\xe9" in done.stdout
+
+
 # ---- the number of classes ----
 
 

@@ -238,6 +238,20 @@ def test_a_resumed_run_keeps_the_batches_it_began_with(monkeypatch: pytest.Monke
         lit_cifar.fit.main(["--resume", "auto", "--batch_size", "16"])
 
 
+def test_results_are_there_before_anything_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*reports: Any) -> None:
+        raise OSError("the terminal is gone")
+
+    monkeypatch.setattr(lit_cifar.fit, "print_report", fail)
+    monkeypatch.setattr(lit_cifar.test, "print_report", fail)
+    with pytest.raises(OSError, match="gone"):
+        lit_cifar.fit.main([*SHORT, "--trainer.max_steps", "1"])
+    assert results("version_0")["num_steps"] == 1
+    with pytest.raises(OSError, match="gone"):
+        lit_cifar.test.main(["--ckpt_path", "lightning_logs/version_0/checkpoints/last.ckpt"])
+    assert Path("lightning_logs/version_0/test-last.json").is_file()
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_checkpoint() -> None:
     with pytest.raises(UserError, match=r"not finite at step \d+ \(epoch 1, batch \d+\)") as error:
         lit_cifar.fit.main([*SHORT, "--lr", "1e4", "--checkpoint.every_n_train_steps", "1"])

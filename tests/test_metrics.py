@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassCalibrationError
 
-from lit_cifar.metrics import NUM_BINS, NUM_MISTAKES, Calibration, Mistakes, SummedCalibration, WorstMistakes
+from lit_cifar.metrics import NUM_BINS, NUM_MISTAKES, Calibration, Mistakes, SummedCalibration, WorstMistakes, _add
 
 GENERATOR = torch.Generator().manual_seed(0)
 NUM_IMAGES, NUM_CLASSES = 500, 7
@@ -90,3 +90,15 @@ def test_ranks_join_to_what_one_would_have_counted() -> None:
         mistakes[rank].update(PROBABILITIES[rank::3], IMAGES[rank::3], LABELS[rank::3])
     assert Calibration.of(*joined(list(calibrations)).compute()).error == pytest.approx(calibrate(64).error, abs=1e-12)
     assert torch.equal(Mistakes.of(*joined(list(mistakes)).compute()).images, worst(64).images)
+
+
+def test_sums_in_float32_lose_nothing_that_matters() -> None:
+    # as on mps, which has no float64; the losses of 1.3 million images in batches of 500
+    losses = 5 * torch.rand(2600, 500, generator=torch.Generator().manual_seed(0))
+    sums, naive = torch.zeros(2), torch.zeros(())
+    for batch in losses:
+        sums = _add(sums, batch.sum())
+        naive += batch.sum()
+    exact = float(losses.double().sum())
+    assert float(sums.double().sum()) == pytest.approx(exact, rel=1e-7)
+    assert float(naive) != pytest.approx(exact, rel=1e-7), "the sums are long enough to show a difference"
