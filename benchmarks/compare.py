@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from lit_cifar.bench import device
-from lit_cifar.report import commit, versions
+from lit_cifar.results.report import commit, versions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -302,7 +302,9 @@ def _seconds_a_step(args: argparse.Namespace, devices: int) -> float:
 
 DECODE = """
 from pathlib import Path
-from lit_cifar import cli, fit, report, sources
+from lit_cifar import cli, fit
+from lit_cifar.results import report
+from lit_cifar.data import sources
 sources.prepare_tree(Path({!r}))
 print(report.peak_memory()["resident"])
 """
@@ -312,7 +314,7 @@ def start(args: argparse.Namespace) -> Section:
     """To the first step, against importing Lightning and reading the same data; and the memory of a first use."""
     read = (
         "import time; started = time.perf_counter(); import lightning.pytorch; from pathlib import Path; "
-        "from lit_cifar.data import CIFAR10DataModule; "
+        "from lit_cifar.data.datamodule import CIFAR10DataModule; "
         f"data = CIFAR10DataModule({str(args.data_dir)!r}); data.prepare_data(); "
         "data.setup('fit'); data.setup('test'); import json; print(json.dumps(time.perf_counter() - started))"
     )

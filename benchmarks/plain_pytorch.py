@@ -22,7 +22,7 @@ from torch import nn, optim  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
-from lit_cifar.sources import Split, read_tree  # noqa: E402
+from lit_cifar.data.sources import Split, read_tree  # noqa: E402
 
 
 class Images(Dataset):

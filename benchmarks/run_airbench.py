@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lit_cifar.sources import read_tree
+from lit_cifar.data.sources import read_tree
 
 EDITS = (
     ('torch.device("cuda")', 'torch.device("cpu")'),

@@ -12,7 +12,7 @@ from plain_pytorch import Images
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from lit_cifar.sources import read_tree
+from lit_cifar.data.sources import read_tree
 
 
 def main() -> None:

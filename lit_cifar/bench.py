@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_cifar import cli, fit
+from lit_cifar import fit
+from lit_cifar.cli import machine
+from lit_cifar.cli.command import CLI
+from lit_cifar.cli.parser import value_of
 from lit_cifar.errors import UserError
-from lit_cifar.module import normalise
-from lit_cifar.report import commit, versions
+from lit_cifar.model.module import normalise
+from lit_cifar.results.report import commit, versions
 
 STAGES = ("fit", "step", "loader")
 OWN_FLAGS = {"runs": "3", "stage": "fit", "warm": "false"}
@@ -77,7 +80,7 @@ def split_flags(args: list[str]) -> tuple[str, dict[str, str], list[str]]:
     if not Path(config).is_file():
         raise UserError(f"no recipe at {config}: name a file, such as configs/tutorial.yaml")
     for flag in own:
-        value = cli.value_of(flag, rest)
+        value = value_of(flag, rest)
         if value is not None:
             own[flag] = value
             position = next(i for i, arg in enumerate(rest) if arg.split("=")[0] == f"--{flag}")
@@ -126,7 +129,7 @@ def device() -> str:
 
 
 def _bench_fit(config: str, num_runs: int, warm: bool, rest: list[str]) -> dict[str, Any]:
-    seed = int(cli.value_of("seed", rest) or 0)
+    seed = int(value_of("seed", rest) or 0)
     results = []
     with tempfile.TemporaryDirectory(prefix="lit_cifar-bench-") as folder:
         flags = ["--config", config, *rest, "--trainer.default_root_dir", folder]
@@ -219,7 +222,7 @@ class _Stopwatch(Callback):
 
 def _bench_step(config: str, num_runs: int, rest: list[str]) -> dict[str, Any]:
     """The recipe's step with everything on, and under barebones, in turn."""
-    limit = cli.value_of("trainer.max_steps", rest)
+    limit = value_of("trainer.max_steps", rest)
     num_steps = int(limit) if limit else TIMED_STEPS + UNTIMED_STEPS
     untimed = min(UNTIMED_STEPS, num_steps // 2)
     milliseconds: dict[str, list[float]] = {"as configured": [], "barebones": []}
@@ -230,7 +233,7 @@ def _bench_step(config: str, num_runs: int, rest: list[str]) -> dict[str, Any]:
                 flags = ["--config", config, *rest, "--trainer.default_root_dir", folder]
                 flags += ["--trainer.max_steps", str(num_steps), "--trainer.max_epochs", "-1"]
                 with contextlib.redirect_stdout(io.StringIO()):
-                    command = cli.CLI(flags, prog="bench", description="", logs=kind != "barebones")
+                    command = CLI(flags, prog="bench", description="", logs=kind != "barebones")
                     command.datamodule.prepare_data()
                     command.datamodule.setup("fit")
                     trainer = command.trainer
@@ -259,7 +262,7 @@ def _bench_step(config: str, num_runs: int, rest: list[str]) -> dict[str, Any]:
 
 
 def _bench_loader(config: str, num_runs: int, rest: list[str]) -> dict[str, Any]:
-    command = cli.CLI(["--config", config, *rest], prog="bench", description="", logs=False)
+    command = CLI(["--config", config, *rest], prog="bench", description="", logs=False)
     data, model = command.datamodule, command.model
     data.prepare_data()
     data.setup("fit")
@@ -284,4 +287,4 @@ def _bench_loader(config: str, num_runs: int, rest: list[str]) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    machine.run(main)

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 import lit_cifar
-from lit_cifar import cli, sources
-from lit_cifar.checkpoint import read_checkpoint
-from lit_cifar.classifier import load
-from lit_cifar.data import DEFAULT_DATA_DIR, CIFAR10DataModule
+from lit_cifar.cli import machine
+from lit_cifar.cli.parser import NetParser
+from lit_cifar.data import sources
+from lit_cifar.data.datamodule import DEFAULT_DATA_DIR, CIFAR10DataModule
 from lit_cifar.errors import UserError
 from lit_cifar.files import write_durably
-from lit_cifar.module import Classifier
+from lit_cifar.model.classifier import load
+from lit_cifar.model.module import Classifier
+from lit_cifar.run.read import read_checkpoint
 
 LARGEST_DIFFERENCE = 1e-4  # of an exported net's logits
 NUM_COMPARED = 256  # images at a time; no divisor of a test set's size, so that batches of two sizes are tried
@@ -104,8 +106,8 @@ def compare(predict: Predict, net: Classifier, images: Tensor) -> tuple[int, flo
     return num_same, difference
 
 
-def _parser() -> cli.NetParser:
-    parser = cli.NetParser(
+def _parser() -> NetParser:
+    parser = NetParser(
         "python -m lit_cifar.export",
         "Exports a checkpoint's net, with scaling, normalisation and test-time augmentation inside, and compares the "
         "file with the net on the test images before it is written.",
@@ -226,4 +228,4 @@ FORMATS = {
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    machine.run(main)

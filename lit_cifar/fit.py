@@ -10,13 +10,16 @@ from datetime import datetime, timezone  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-from lit_cifar import cli  # noqa: E402
-from lit_cifar.callbacks import RunningLoss  # noqa: E402
-from lit_cifar.checkpoint import check_state, checkpoint_config, find_checkpoint, read_checkpoint  # noqa: E402
-from lit_cifar.classifier import check_net  # noqa: E402
+from lit_cifar.cli import machine  # noqa: E402
+from lit_cifar.cli.command import CLI  # noqa: E402
+from lit_cifar.cli.parser import Parser, value_of  # noqa: E402
 from lit_cifar.errors import UserError  # noqa: E402
-from lit_cifar.folders import RESULTS  # noqa: E402
-from lit_cifar.report import peak_memory, print_report, write_results  # noqa: E402
+from lit_cifar.model.classifier import check_net  # noqa: E402
+from lit_cifar.results.report import peak_memory, print_report, write_results  # noqa: E402
+from lit_cifar.run.folder import RESULTS  # noqa: E402
+from lit_cifar.run.read import check_state, find_checkpoint, read_checkpoint  # noqa: E402
+from lit_cifar.run.trust import checkpoint_config  # noqa: E402
+from lit_cifar.training.progress import RunningLoss  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _started
 
@@ -28,7 +31,7 @@ def main(args: list[str]) -> None:
     """Trains, tests and reports; `args` is the command line without the program's name."""
     started = time.perf_counter() - IMPORT_SECONDS
     path, checkpoint, base = _resume(args)
-    command = cli.CLI(
+    command = CLI(
         args,
         prog="python -m lit_cifar.fit",
         description="Trains a net on CIFAR-10, then tests it once. Without arguments: PyTorch's CIFAR-10 tutorial.",
@@ -43,7 +46,7 @@ def main(args: list[str]) -> None:
     finish(command, started, train(command, started, path))
 
 
-def prepare(command: cli.CLI, *stages: str, checkpoint: dict[str, Any] | None = None) -> None:
+def prepare(command: CLI, *stages: str, checkpoint: dict[str, Any] | None = None) -> None:
     """Gets and reads the data of the stages, 'fit' among them, and checks that they can be trained on, and that a run
     to resume was trained on them.
 
@@ -54,7 +57,7 @@ def prepare(command: cli.CLI, *stages: str, checkpoint: dict[str, Any] | None = 
         UserError: the data are missing or damaged, or the settings do not suit them.
     """
     data = command.datamodule
-    with cli.on_each_node():
+    with machine.on_each_node():
         data.prepare_data()
         for stage in stages:
             data.setup(stage)
@@ -67,7 +70,7 @@ def prepare(command: cli.CLI, *stages: str, checkpoint: dict[str, Any] | None = 
     command.model.set_classes(data.classes)
 
 
-def train(command: cli.CLI, started: float, path: Path | None = None) -> dict[str, float]:
+def train(command: CLI, started: float, path: Path | None = None) -> dict[str, float]:
     """Trains, from the checkpoint at `path` if there is one, and gives the seconds of `results.json` so far.
 
     Args:
@@ -89,7 +92,7 @@ def train(command: cli.CLI, started: float, path: Path | None = None) -> dict[st
     }
 
 
-def finish(command: cli.CLI, started: float, seconds: dict[str, float]) -> None:
+def finish(command: CLI, started: float, seconds: dict[str, float]) -> None:
     """Tests once, the best checkpoint where validation chose one, prints the report and writes `results.json`."""
     trainer, model, data = command.trainer, command.model, command.datamodule
     test_started = time.perf_counter()
@@ -111,7 +114,7 @@ def finish(command: cli.CLI, started: float, seconds: dict[str, float]) -> None:
         print(f"\nRun: {run}\nDashboards: tensorboard --logdir {run.parent}")
 
 
-def _add_arguments(parser: cli.Parser) -> None:
+def _add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--resume",
         type=str,
@@ -124,15 +127,15 @@ def _add_arguments(parser: cli.Parser) -> None:
 
 
 def _resume(args: list[str]) -> tuple[Path | None, dict[str, Any], dict[str, Any] | None]:
-    resume = os.environ.get(RESUME_VARIABLE) or cli.value_of("resume", args)
+    resume = os.environ.get(RESUME_VARIABLE) or value_of("resume", args)
     if not resume:
         return None, {}, None
-    path = find_checkpoint(resume, Path(cli.value_of("trainer.default_root_dir", args) or "."))
+    path = find_checkpoint(resume, Path(value_of("trainer.default_root_dir", args) or "."))
     if path is None:
         return None, {}, None
     os.environ[RESUME_VARIABLE] = str(path)
     checkpoint = read_checkpoint(path)
-    trust = cli.value_of("trust", args) == "true"
+    trust = value_of("trust", args) == "true"
     config = checkpoint_config(checkpoint, trust)
     if not trust and "net" in config.get("model", {}):
         check_net(config["model"]["net"], checkpoint["state_dict"])
@@ -158,7 +161,7 @@ def _check_position(checkpoint: dict[str, Any], config: dict[str, Any], num_batc
         )
 
 
-def _results(command: cli.CLI, seconds: dict[str, float], tested: str) -> dict[str, Any]:
+def _results(command: CLI, seconds: dict[str, float], tested: str) -> dict[str, Any]:
     data, trainer = command.datamodule, command.trainer
     return {
         "recipe": command.model.recipe,
@@ -179,4 +182,4 @@ def _results(command: cli.CLI, seconds: dict[str, float], tested: str) -> dict[s
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    machine.run(main)

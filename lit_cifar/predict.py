@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from lit_cifar import cli
-from lit_cifar.classifier import load
+from lit_cifar.cli import machine
+from lit_cifar.cli.parser import NetParser
+from lit_cifar.data.sources import IMAGE_SUFFIXES, decode_image, in_order
 from lit_cifar.errors import UserError
-from lit_cifar.module import Classifier
-from lit_cifar.sources import IMAGE_SUFFIXES, decode_image, in_order, printable
+from lit_cifar.model.classifier import load
+from lit_cifar.model.module import Classifier
+from lit_cifar.text import printable
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")  # taken from folders
 STDIN = "-"
@@ -53,7 +55,7 @@ def main(args: list[str]) -> None:
     images = [image for path in options.paths for image in _find(path)]
     if not images:
         raise UserError(f"no images in {', '.join(options.paths)}; folders were searched for {', '.join(SUFFIXES)}")
-    cli.suit_cpu(options.batch_size * sum(parameter.numel() for parameter in net.parameters()))
+    machine.suit_cpu(options.batch_size * sum(parameter.numel() for parameter in net.parameters()))
 
     top = min(options.top, len(classes))
     lines = _json_lines if options.json else functools.partial(_csv_lines, top=top) if options.csv else _text_lines
@@ -73,8 +75,8 @@ def main(args: list[str]) -> None:
         raise UserError(f"{num_broken} of {len(images)} images could not be read")
 
 
-def _parser() -> cli.NetParser:
-    parser = cli.NetParser("python -m lit_cifar.predict", "Prints the likeliest classes of images, one image a line.")
+def _parser() -> NetParser:
+    parser = NetParser("python -m lit_cifar.predict", "Prints the likeliest classes of images, one image a line.")
     parser.add_argument(
         "paths",
         nargs="+",
@@ -238,4 +240,4 @@ def _csv_lines(predictions: list[Prediction], top: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    machine.run(main)

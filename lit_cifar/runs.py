@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from lit_cifar import errors
 from lit_cifar.errors import UserError
-from lit_cifar.folders import RESULTS, RUNS, TRIAL, run_version
+from lit_cifar.run.folder import RESULTS, RUNS, TRIAL, run_version
 from lit_cifar.text import columns, nearest, printable
 
 HEADINGS = ("version", "recipe", "data set", "accuracy", "seconds", "devices", "when (UTC)", "state")

@@ -22,14 +22,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
-from lit_cifar import cli, fit
-from lit_cifar.callbacks import hyperparameters
-from lit_cifar.checkpoint import Checkpoints, RunLogger, read_checkpoint
+from lit_cifar import fit
+from lit_cifar.cli import machine
+from lit_cifar.cli.command import CLI
+from lit_cifar.cli.parser import Parser, value_of
 from lit_cifar.errors import DivergedError, UserError
 from lit_cifar.files import write_durably
-from lit_cifar.folders import RESULTS, RUNS, TRIAL
-from lit_cifar.module import LitClassifier
+from lit_cifar.model.module import LitClassifier
+from lit_cifar.run.folder import RESULTS, RUNS, TRIAL
+from lit_cifar.run.logger import RunLogger
+from lit_cifar.run.read import read_checkpoint
+from lit_cifar.run.save import Checkpoints
 from lit_cifar.text import columns, nearest, printable
+from lit_cifar.training.dashboard import hyperparameters
 
 if TYPE_CHECKING:
     import optuna
@@ -84,14 +89,14 @@ class Sweep:
         root = self.base.config["trainer"]["default_root_dir"] or "."
         self.storage = Path(options["storage"] or Path(root) / RUNS / "sweeps" / f"{name}.db")
 
-    def command(self, values: Values, resume: tuple[Path, int] | None = None) -> cli.CLI:
+    def command(self, values: Values, resume: tuple[Path, int] | None = None) -> CLI:
         """The command of a training with these values."""
         # what earlier trials leave behind in this process, where a run of fit has a process of its own
         torch.set_num_threads(self.num_threads)  # one of small steps takes one thread
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # one that is compiled leaves code for its shapes
         flags = [f"--{key}={_flag_text(value)}" for key, value in values.items()]
-        return cli.CLI(
+        return CLI(
             [*self.args, *flags],
             prog=USAGE,
             description="Searches the settings that SPACE.yaml names, by validation accuracy, and tests the best once.",
@@ -123,7 +128,7 @@ class Sweep:
         for key in self.space:
             option = self.base.parser.option(key)  # type: ignore[attr-defined]
             for flag in option.option_strings if option else [f"--{key}"]:
-                if cli.value_of(flag[2:], self.args) is not None:
+                if value_of(flag[2:], self.args) is not None:
                     raise UserError(f"{flag} is given and searched by {self.file}: leave one of them out")
         _import_optuna()
         try:
@@ -380,7 +385,7 @@ class _Judge(Callback):
             self.pruned = trainer.should_stop = True
 
 
-def read_space(file: Path, parser: cli.Parser) -> Space:
+def read_space(file: Path, parser: Parser) -> Space:
     """What a file of dotted keys says to search, by the keys that configs have.
 
     Raises:
@@ -404,7 +409,7 @@ def read_space(file: Path, parser: cli.Parser) -> Space:
     return dict(sorted(space.items()))  # whose order decides a sampler's draws
 
 
-def _dotted(key: str, file: Path, parser: cli.Parser) -> str:
+def _dotted(key: str, file: Path, parser: Parser) -> str:
     option = parser.option(key)
     known = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
     # keys of a class, such as model.net.num_classes, are known to the parser once it knows the class
@@ -510,7 +515,7 @@ def _write_trial(run: Path, record: dict[str, Any]) -> None:
     write_durably(run / TRIAL, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def _add_arguments(parser: cli.Parser) -> None:
+def _add_arguments(parser: Parser) -> None:
     parser.add_argument("--study", type=str, default=None, help="YAML file of what is searched: ranges and choices")
     parser.add_argument("--trials", type=int, default=None, help="how many trials there are to be in all")
     parser.add_argument(
@@ -528,4 +533,4 @@ def _import_optuna() -> Any:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    machine.run(main)

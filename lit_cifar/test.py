@@ -4,11 +4,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lit_cifar import cli
-from lit_cifar.checkpoint import checkpoint_config, read_checkpoint, run_folder
-from lit_cifar.classifier import check_net
+from lit_cifar.cli import machine
+from lit_cifar.cli.command import CLI
+from lit_cifar.cli.parser import Parser, value_of
 from lit_cifar.errors import UserError
-from lit_cifar.report import print_report, write_results
+from lit_cifar.model.classifier import check_net
+from lit_cifar.results.report import print_report, write_results
+from lit_cifar.run.folder import run_folder
+from lit_cifar.run.read import read_checkpoint
+from lit_cifar.run.trust import checkpoint_config
 
 # of the checkpoint's config; by its batch size threads and kernels are chosen, as they were for the run's own test
 DATA_KEYS = ("data_dir", "dataset", "batch_size", "eval_batch_size", "mirrors")
@@ -17,20 +21,20 @@ DATA_KEYS = ("data_dir", "dataset", "batch_size", "eval_batch_size", "mirrors")
 def main(args: list[str]) -> None:
     """Tests and reports; `args` is the command line without the program's name."""
     started = time.perf_counter()
-    path = Path(cli.value_of("ckpt_path", args) or "")
+    path = Path(value_of("ckpt_path", args) or "")
     checkpoint = read_checkpoint(path) if path.name else None
-    command = cli.CLI(
+    command = CLI(
         args,
         prog="python -m lit_cifar.test",
         description="Tests a checkpoint on the data it was trained on, or on --data_dir's, on any number of devices.",
-        base=_base(checkpoint, trust=cli.value_of("trust", args) == "true") if checkpoint else None,
+        base=_base(checkpoint, trust=value_of("trust", args) == "true") if checkpoint else None,
         logs=False,
         add_arguments=_add_arguments,
     )
     if checkpoint is None:
         raise UserError("--ckpt_path FILE is missing: name a checkpoint, such as a run's checkpoints/last.ckpt")
     trainer, model, data = command.trainer, command.model, command.datamodule
-    with cli.on_each_node():
+    with machine.on_each_node():
         data.prepare_data()
         data.setup("test")
     model.check_fits(checkpoint, data.classes)
@@ -58,7 +62,7 @@ def main(args: list[str]) -> None:
     print(f"\nResults: {output}")
 
 
-def _add_arguments(parser: cli.Parser) -> None:
+def _add_arguments(parser: Parser) -> None:
     parser.add_argument("--ckpt_path", type=str, default=None, help="the checkpoint to test")
     parser.add_argument(
         "--output", type=str, default=None, help="file for the results (default: test-NAME.json in the run's folder)"
@@ -78,4 +82,4 @@ def _base(checkpoint: dict[str, Any], trust: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    machine.run(main)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
-from lit_cifar.augment import CUTOUT_FILL, Augment, Draws
+from lit_cifar.data.augment import CUTOUT_FILL, Augment, Draws
 
 ALL = Augment(crop=4, pad="reflect", flip="random", cutout=8, brightness=0.3, contrast=0.4)
 SWITCHES = {"crop": 2, "flip": "random", "cutout": 8, "brightness": 0.3, "contrast": 0.4}

@@ -20,19 +20,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_cifar.checkpoint import (
-    RUNS,
-    Checkpoints,
-    DurableCheckpointIO,
-    RunLogger,
-    find_checkpoint,
-    get_random_state,
-    read_checkpoint,
-    run_folder,
-    scalars_at,
-    set_random_state,
-)
 from lit_cifar.errors import UserError
+from lit_cifar.run.folder import RUNS, run_folder
+from lit_cifar.run.logger import RunLogger, scalars_at
+from lit_cifar.run.read import find_checkpoint, read_checkpoint
+from lit_cifar.run.save import Checkpoints, DurableCheckpointIO, get_random_state, set_random_state
 
 CHECKPOINT = {
     "state_dict": {"net.weight": torch.arange(250_000.0)},

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import lit_cifar
 import lit_cifar.fit
-from lit_cifar import load, shapes
+from lit_cifar import load
+from lit_cifar.data import shapes
 from lit_cifar.errors import UserError
-from lit_cifar.module import LitClassifier, views
+from lit_cifar.model.module import LitClassifier, views
 from lit_cifar.nets import Net, SpeedNet
 
 IMAGES = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -16,8 +16,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 
 import lit_cifar.fit
-from lit_cifar import errors, sources
-from lit_cifar.cli import CLI, SHORT_FLAGS
+from lit_cifar import errors
+from lit_cifar.cli.command import CLI
+from lit_cifar.cli.parser import SHORT_FLAGS
+from lit_cifar.data import sources
 from lit_cifar.errors import UserError
 
 VALUES = {
@@ -288,7 +290,7 @@ def test_a_number_of_threads_that_is_asked_for_stays(monkeypatch: pytest.MonkeyP
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_kept_memory_is_not_given_back_to_the_system() -> None:
     code = (
-        "import torch; from lit_cifar.cli import keep_freed_memory\n"
+        "import torch; from lit_cifar.cli.machine import keep_freed_memory\n"
         "def grown():\n"
         "    before = resident(); torch.ones(2**27); return resident() - before\n"
         "def resident(): return 4096 * int(open('/proc/self/statm').read().split()[1])\n"

@@ -19,8 +19,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from test_fit import SHAPES
 
 import lit_cifar.fit
-from lit_cifar import pictures
-from lit_cifar.callbacks import charts, hyperparameters
+from lit_cifar.results import pictures
+from lit_cifar.training.dashboard import charts, hyperparameters
 
 VALIDATED = [*SHAPES, "--batch_size", "50", "--lr", "0.02", "--max_epochs", "2", "--data.num_val", "1000"]
 PICTURES = ["confusion", "mistakes", "reliability"]

@@ -16,13 +16,13 @@ from test_sources import write_official
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_cifar import sources
-from lit_cifar.augment import Augment
-from lit_cifar.data import CIFAR10DataModule, split_validation
-from lit_cifar.download import ARCHIVES, CIFAR10, CIFAR100, Archive
+from lit_cifar.data import sources
+from lit_cifar.data.augment import Augment
+from lit_cifar.data.datamodule import CIFAR10DataModule, split_validation
+from lit_cifar.data.download import ARCHIVES, CIFAR10, CIFAR100, Archive
+from lit_cifar.data.loader import DeviceLoader
+from lit_cifar.data.sources import Split, read_official
 from lit_cifar.errors import UserError
-from lit_cifar.loader import DeviceLoader
-from lit_cifar.sources import Split, read_official
 
 
 def make_split(*per_class: int) -> Split:
@@ -115,7 +115,7 @@ def test_the_test_set_stays_unread_in_training(monkeypatch: pytest.MonkeyPatch) 
         read.append(train)
         return make_split(20, 20)
 
-    monkeypatch.setattr("lit_cifar.sources.draw_shapes", draw)
+    monkeypatch.setattr("lit_cifar.data.sources.draw_shapes", draw)
     data = CIFAR10DataModule(dataset="shapes")
     data.setup("fit")
     data.setup("fit")
@@ -126,7 +126,7 @@ def test_the_test_set_stays_unread_in_training(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_transform_replaces_the_built_in_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_cifar.sources.draw_shapes", lambda train: make_split(100, 100))
+    monkeypatch.setattr("lit_cifar.data.sources.draw_shapes", lambda train: make_split(100, 100))
     transform = [v2.RandomInvert(p=1.0), v2.RandomPosterize(bits=1, p=1.0)]
     data = CIFAR10DataModule(dataset="shapes", augment=Augment(cutout=40), transform=transform, num_workers=0)
     data.setup("fit")
@@ -162,7 +162,7 @@ def test_overfitting_takes_the_same_batches_in_each_epoch(
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What would have been downloaded."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("lit_cifar.download.fetch_folder", lambda *args: calls.append(args))
+    monkeypatch.setattr("lit_cifar.data.download.fetch_folder", lambda *args: calls.append(args))
     return calls
 
 
@@ -251,7 +251,7 @@ def test_an_official_archive_is_unpacked_into_the_cache_once(
         data.prepare_data()
         data.setup("test")
         assert torch.equal(data.test.images, read_official(files, dataset, train=False).images)
-        monkeypatch.setattr("lit_cifar.download.unpack", lambda *_: pytest.fail("unpacked again"))
+        monkeypatch.setattr("lit_cifar.data.download.unpack", lambda *_: pytest.fail("unpacked again"))
     assert (sources.cache_dir() / dataset / files.name).is_dir()
     other = "cifar10" if dataset == "cifar100" else "cifar100"
     with pytest.raises(UserError, match=f"add --dataset {dataset}"):

@@ -21,8 +21,8 @@ from pathlib import Path
 import filelock
 import pytest
 
-from lit_cifar import download
-from lit_cifar.download import Archive, Limits, fetch_archive, fetch_folder, unpack
+from lit_cifar.data import download
+from lit_cifar.data.download import Archive, Limits, fetch_archive, fetch_folder, unpack
 from lit_cifar.errors import UserError
 
 LIMITS = Limits(
@@ -526,7 +526,7 @@ def test_waiting_is_said_once_and_then_finds_it_ready(tmp_path: Path, capsys: py
 def start_process(folder: Path, mirror: Mirror) -> subprocess.Popen[str]:
     code = f"""
 from pathlib import Path
-from lit_cifar.download import Archive, Limits, fetch_folder
+from lit_cifar.data.download import Archive, Limits, fetch_folder
 print(fetch_folder(Path({str(folder)!r}), {SPEC!r}, [{mirror.url!r}]))
 """
     root = Path(download.__file__).parents[1]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import lit_cifar.export
 import lit_cifar.fit
-from lit_cifar import load, shapes
+from lit_cifar import load
+from lit_cifar.data import shapes
 from lit_cifar.errors import UserError
 from lit_cifar.export import FORMATS, compare
 
@@ -169,7 +170,7 @@ def test_it_says_when_the_runs_images_are_not_here_and_downloads_nothing(
     def fail(*args: Any) -> None:
         raise AssertionError("it downloads")
 
-    monkeypatch.setattr("lit_cifar.download.fetch_folder", fail)
+    monkeypatch.setattr("lit_cifar.data.download.fetch_folder", fail)
     export(Path("moved.ckpt"), "net.safetensors", "--tta", "none")
     told = "on 2,000 test images of the embedded shapes (the run's, in far/away, are not on this machine): torch and"
     assert told in capsys.readouterr().out

@@ -19,8 +19,8 @@ from test_sources import write_official
 import lit_cifar.fit
 import lit_cifar.test
 from lit_cifar.errors import UserError
+from lit_cifar.model.optim import lr_factor
 from lit_cifar.nets import Net
-from lit_cifar.optim import lr_factor
 
 SHAPES = ["--dataset", "shapes", "--accelerator", "cpu"]
 SHORT = [*SHAPES, "--batch_size", "32", "--max_epochs", "1", "--lr", "0.05"]

@@ -24,10 +24,11 @@ from test_predict import bomb
 import lit_cifar.fit
 import lit_cifar.predict
 import lit_cifar.test
-from lit_cifar import load, sources
-from lit_cifar.checkpoint import read_checkpoint
+from lit_cifar import load
+from lit_cifar.data import sources
 from lit_cifar.errors import UserError
 from lit_cifar.fit import RESUME_VARIABLE
+from lit_cifar.run.read import read_checkpoint
 
 MAX_BYTES = 2**30  # of memory, in a process of its own, of which torch takes a third
 CANARY = Path("canary")  # made by whatever runs
@@ -37,7 +38,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 from lit_cifar.errors import UserError
-from lit_cifar.report import peak_memory
+from lit_cifar.results.report import peak_memory
 {setting}
 for path in sys.argv[1:]:
     try:
@@ -149,7 +150,10 @@ NETS = {
         "class_path": "lit_cifar.sweep.subprocess.Popen",
         "init_args": {"args": ["touch", str(CANARY)]},
     },
-    "a function of a trusted module": {"class_path": "lit_cifar.download.os.mkdir", "init_args": {"path": str(CANARY)}},
+    "a function of a trusted module": {
+        "class_path": "lit_cifar.data.download.os.mkdir",
+        "init_args": {"path": str(CANARY)},
+    },
     "a callable argument": {
         "class_path": "torch.nn.TransformerEncoderLayer",
         "init_args": {
@@ -341,7 +345,7 @@ def test_a_checkpoint_that_is_a_bomb_takes_no_memory(content: dict[str, Any]) ->
     # each has the sizes of what it holds, as torch would believe it
     bombs = [repacked(path, "pickle.ckpt", data_pkl=bytes(2**28)), repacked(path, "weight.ckpt", **{"0": bytes(2**28)})]
     told_within_memory(
-        "from lit_cifar.checkpoint import read_checkpoint", "read_checkpoint(Path(path))", big, lists, *bombs
+        "from lit_cifar.run.read import read_checkpoint", "read_checkpoint(Path(path))", big, lists, *bombs
     )
 
 
@@ -472,9 +476,9 @@ def test_archives_that_are_bombs_take_no_memory() -> None:
         start = packer.compress(header.tobuf(tarfile.GNU_FORMAT)) + packer.flush(zlib.Z_FULL_FLUSH)
         paths.append(Path(f"{name}.tar.gz"))
         paths[-1].write_bytes(start + data)
-    told_within_memory("from lit_cifar import sources", "sources.read_tree(Path(path), True)", *paths)
+    told_within_memory("from lit_cifar.data import sources", "sources.read_tree(Path(path), True)", *paths)
     told_within_memory(
-        "from lit_cifar import sources",
+        "from lit_cifar.data import sources",
         "sources.find_source(Path(path), 'cifar10'), sources.read_tree(Path(path), True)",
         *paths[2:],
     )
@@ -488,7 +492,7 @@ def test_images_that_are_bombs_take_no_memory() -> None:
     for number, data in enumerate((bytes(claimed), bomb(50_000), bomb(13_000))):  # the last is small enough for Pillow
         paths.append(Path(f"{number}.tar"))
         tar_of(paths[-1], *(file_in_tar(f"train/ant/{copy}.png", data) for copy in "abcd"))
-    told_within_memory("from lit_cifar import sources", "sources.read_tree(Path(path), True)", *paths)
+    told_within_memory("from lit_cifar.data import sources", "sources.read_tree(Path(path), True)", *paths)
 
 
 def test_an_image_is_not_given_to_another_program(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

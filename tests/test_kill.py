@@ -9,7 +9,7 @@ from stress.kill import differences, stress
 from test_fit import SHORT
 
 import lit_cifar.fit
-from lit_cifar.checkpoint import RunLogger
+from lit_cifar.run.logger import RunLogger
 
 
 @pytest.mark.slow

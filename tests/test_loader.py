@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from lit_cifar import loader as loader_module
-from lit_cifar.augment import Augment
+from lit_cifar.data import loader as loader_module
+from lit_cifar.data.augment import Augment
+from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches
+from lit_cifar.data.sources import Split
 from lit_cifar.errors import UserError
-from lit_cifar.loader import DeviceLoader, EvalBatches, TrainBatches
-from lit_cifar.sources import Split
 
 CPU = torch.device("cpu")
 AUGMENT = Augment(crop=4, flip="random", cutout=8, brightness=0.2, contrast=0.2)

@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from test_fit import SHAPES, assert_same_run
 
 import lit_cifar.fit
-from lit_cifar import loop
-from lit_cifar.cli import CLI
-from lit_cifar.data import CIFAR10DataModule
-from lit_cifar.module import LitClassifier
+from lit_cifar.cli.command import CLI
+from lit_cifar.data.datamodule import CIFAR10DataModule
+from lit_cifar.model.module import LitClassifier
+from lit_cifar.training import loop
 
 FEW = [*SHAPES, "--batch_size", "50", "--max_epochs", "2", "--trainer.limit_train_batches", "30", "--lr", "0.05"]
 

@@ -7,7 +7,7 @@ import pytest
 from pretend import mps_kernels, pretended
 
 import lit_cifar.fit
-from lit_cifar.callbacks import Dashboard
+from lit_cifar.training.dashboard import Dashboard
 
 SHORT = ["--dataset", "shapes", "--batch_size", "50", "--data.eval_batch_size", "50"]
 FEW = ["--trainer.max_steps", "4", "--trainer.limit_test_batches", "2"]

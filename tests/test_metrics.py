@@ -8,7 +8,15 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassCalibrationError
 
-from lit_cifar.metrics import NUM_BINS, NUM_MISTAKES, Calibration, Mistakes, SummedCalibration, WorstMistakes, _add
+from lit_cifar.results.metrics import (
+    NUM_BINS,
+    NUM_MISTAKES,
+    Calibration,
+    Mistakes,
+    SummedCalibration,
+    WorstMistakes,
+    _add,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 NUM_IMAGES, NUM_CLASSES = 500, 7

@@ -13,14 +13,14 @@ from sklearn.metrics import confusion_matrix, recall_score  # type: ignore[impor
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches
+from lit_cifar.data.sources import Split
 from lit_cifar.errors import UserError
-from lit_cifar.loader import DeviceLoader, EvalBatches, TrainBatches
-from lit_cifar.metrics import SummedLoss
-from lit_cifar.module import LitClassifier, views
+from lit_cifar.model.module import LitClassifier, views
+from lit_cifar.model.optim import lr_factor
 from lit_cifar.nets import Net
-from lit_cifar.optim import lr_factor
-from lit_cifar.report import Report
-from lit_cifar.sources import Split
+from lit_cifar.results.metrics import SummedLoss
+from lit_cifar.results.report import Report
 
 CPU = torch.device("cpu")
 CLASSES = tuple("abcdefghij")

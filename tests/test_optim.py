@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lit_cifar.errors import UserError
-from lit_cifar.optim import Group, MuonSGD, Schedule, claim, lr_factor, orthogonalise
+from lit_cifar.model.optim import Group, MuonSGD, Schedule, claim, lr_factor, orthogonalise
 
 SCHEDULES: tuple[Schedule, ...] = ("constant", "linear", "cosine", "onecycle")
 

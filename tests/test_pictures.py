@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_cifar import pictures
-from lit_cifar.metrics import NUM_BINS, Calibration, Mistakes
-from lit_cifar.report import Report
+from lit_cifar.results import pictures
+from lit_cifar.results.metrics import NUM_BINS, Calibration, Mistakes
+from lit_cifar.results.report import Report
 
 NONE_WRONG = Mistakes(
     torch.zeros(0, 3, 32, 32, dtype=torch.uint8), *(torch.zeros(0, dtype=torch.int64),) * 2, torch.zeros(0)

@@ -19,7 +19,8 @@ from conftest import Run, followed
 from PIL import Image
 
 import lit_cifar.predict
-from lit_cifar import load, shapes, sources
+from lit_cifar import load
+from lit_cifar.data import shapes, sources
 from lit_cifar.errors import UserError
 
 NUM_DRAWN = 12
@@ -186,7 +187,7 @@ def bomb(side: int) -> bytes:
 MEASURED = """
 import atexit, runpy
 from pathlib import Path
-from lit_cifar.report import peak_memory
+from lit_cifar.results.report import peak_memory
 atexit.register(lambda: Path("peak").write_text(str(peak_memory()["resident"])))
 runpy.run_module("lit_cifar.predict", run_name="__main__", alter_sys=True)
 """

@@ -23,8 +23,8 @@ import lit_cifar.predict
 import lit_cifar.runs
 import lit_cifar.sweep
 import lit_cifar.test
-from lit_cifar import shapes
-from lit_cifar.cli import SHORT_FLAGS
+from lit_cifar.cli.parser import SHORT_FLAGS
+from lit_cifar.data import shapes
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 USING = (ROOT / "docs/using-the-net.md").read_text()
@@ -121,7 +121,7 @@ def test_the_commands_of_a_document_run_in_turn(
 ) -> None:
     Path("configs").symlink_to(ROOT / "configs")
     write_official(tmp_path / "data", "cifar100", monkeypatch)
-    monkeypatch.setattr("lit_cifar.download.fetch_folder", lambda *_: pytest.fail("would download"))
+    monkeypatch.setattr("lit_cifar.data.download.fetch_folder", lambda *_: pytest.fail("would download"))
     main = {"fit": lit_cifar.fit.main, "test": lit_cifar.test.main}
     for module, args in commands(document):
         monkeypatch.delenv("LIT_CIFAR_RESUME", raising=False)

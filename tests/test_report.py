@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_cifar import report as report_module
-from lit_cifar.metrics import NUM_BINS, Calibration, Mistakes
-from lit_cifar.report import Report, commit, print_report, versions, write_results
+from lit_cifar.results import report as report_module
+from lit_cifar.results.metrics import NUM_BINS, Calibration, Mistakes
+from lit_cifar.results.report import Report, commit, print_report, versions, write_results
 
 # rows true, columns predicted; no image of the class 'axolotl' was in the set
 NOTHING = torch.zeros(NUM_BINS, dtype=torch.int64)
@@ -100,8 +100,8 @@ def test_the_commit_is_the_checkouts_and_says_when_it_was_changed(
             ["git", *identity, *args], cwd=tmp_path, check=True, capture_output=True, text=True
         ).stdout
 
-    module = tmp_path / "lit_cifar" / "report.py"
-    module.parent.mkdir()
+    module = tmp_path / "lit_cifar" / "results" / "report.py"
+    module.parent.mkdir(parents=True)
     module.write_text("before")
     monkeypatch.setattr(report_module, "__file__", str(module))
     assert commit() is None, "no checkout"

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from lit_cifar import shapes
-from lit_cifar.sources import draw_shapes
+from lit_cifar.data import shapes
+from lit_cifar.data.sources import draw_shapes
 
 # Other bytes are another data set: figures measured on the old one no longer hold.
 SHA256 = {

@@ -22,10 +22,10 @@ from PIL import Image
 from test_checkpoint import disk_with_room_for
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from lit_cifar import sources
-from lit_cifar.download import ARCHIVES
+from lit_cifar.data import sources
+from lit_cifar.data.download import ARCHIVES
+from lit_cifar.data.sources import Split, find_source, prepare_tree, prepared_classes, read_official, read_tree
 from lit_cifar.errors import UserError
-from lit_cifar.sources import Split, find_source, prepare_tree, prepared_classes, read_official, read_tree
 
 NAMES = {"train": ("a10.png", "a2.png", "B.PNG"), "test": ("0.png", "1.png")}  # not in sorted order
 
@@ -440,7 +440,7 @@ def test_no_damage_to_the_cache_gets_through(tree: Path, cache: Path) -> None:
 
 
 def test_two_processes_decode_once(tree: Path, cache: Path) -> None:
-    code = "from pathlib import Path; from lit_cifar.sources import read_tree; print('ready', flush=True); "
+    code = "from pathlib import Path; from lit_cifar.data.sources import read_tree; print('ready', flush=True); "
     code += f"print(read_tree(Path({str(tree)!r}), True).images.sum().item())"
     prepare_tree(tree)
     (file,) = cache.glob("*.zip")

@@ -15,8 +15,10 @@ from conftest import ROOT
 from test_fit import SHAPES, assert_same_run
 
 import lit_cifar.fit
-from lit_cifar.checkpoint import STOPPED, Agreement, Stopped, find_checkpoint, keep, states_of
 from lit_cifar.errors import UserError
+from lit_cifar.run.read import find_checkpoint, states_of
+from lit_cifar.run.save import keep
+from lit_cifar.run.stop import STOPPED, Agreement, Stopped
 
 ARGS = [*SHAPES, "--batch_size", "20", "--max_epochs", "2", "--lr", "0.01", "--data.augment.crop", "4",
         "--model.schedule", "onecycle", "--running_loss.every_n_steps", "20"]  # fmt: skip
@@ -108,7 +110,7 @@ def test_a_signal_to_any_rank_stops_all_and_the_resumed_run_ends_the_same(
 
 
 def test_a_signal_after_the_last_step_of_an_epoch_stops_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_cifar.callbacks import RunningLoss
+    from lit_cifar.training.progress import RunningLoss
 
     def interrupt(self: RunningLoss, trainer: object, *_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -122,7 +124,7 @@ def test_a_signal_after_the_last_step_of_an_epoch_stops_there(monkeypatch: pytes
 
 def test_a_save_is_due_after_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    from lit_cifar.checkpoint import Checkpoints
+    from lit_cifar.run.save import Checkpoints
 
     def save(self: Checkpoints, trainer: object, name: str) -> None:
         saved.append(trainer.global_step)  # type: ignore[attr-defined]

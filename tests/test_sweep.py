@@ -18,9 +18,12 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from test_fit import assert_same_run, results, scalars, weights
 
 import lit_cifar.fit
-from lit_cifar import cli, runs, sources, sweep
-from lit_cifar.checkpoint import Checkpoints
+from lit_cifar import runs, sweep
+from lit_cifar.cli.command import CLI
+from lit_cifar.cli.parser import Parser
+from lit_cifar.data import sources
 from lit_cifar.errors import UserError
+from lit_cifar.run.save import Checkpoints
 
 optuna = pytest.importorskip("optuna", reason="Optuna is not installed: pip install 'lit_cifar[sweep]'")
 
@@ -236,8 +239,8 @@ def test_what_no_trial_could_survive_ends_the_sweep_and_burns_no_trial(monkeypat
 
 
 @pytest.fixture(scope="module")
-def parser() -> cli.Parser:
-    return cli.CLI([], prog="", description="").parser  # type: ignore[return-value]
+def parser() -> Parser:
+    return CLI([], prog="", description="").parser  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +275,7 @@ def parser() -> cli.Parser:
         ("checkpoint.mode: {choices: [min]}", ["checkpoint.mode cannot be searched"]),
     ],
 )
-def test_what_is_wrong_in_a_space_ends_in_one_line(text: str, words: list[str], parser: cli.Parser) -> None:
+def test_what_is_wrong_in_a_space_ends_in_one_line(text: str, words: list[str], parser: Parser) -> None:
     Path("space.yaml").write_text(text)
     with pytest.raises(UserError) as error:
         sweep.read_space(Path("space.yaml"), parser)
@@ -280,7 +283,7 @@ def test_what_is_wrong_in_a_space_ends_in_one_line(text: str, words: list[str], 
         assert word in str(error.value)
 
 
-def test_a_range_is_one_of_whole_numbers_where_it_has_whole_steps(parser: cli.Parser) -> None:
+def test_a_range_is_one_of_whole_numbers_where_it_has_whole_steps(parser: Parser) -> None:
     Path("space.yaml").write_text(
         "lr: {low: 1e-3, high: 1}\nmax_epochs: {low: 2, high: 7, step: 2}\n"
         "data.batch_size: {low: 8, high: 64, log: true, step: 1}\nmodel.sides: {choices: [null, [24, 32], on]}"

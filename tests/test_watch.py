@@ -13,7 +13,7 @@ from test_fit import SHAPES
 import lit_cifar.fit
 from lit_cifar import log
 from lit_cifar.errors import DivergedError
-from lit_cifar.watch import IN_A_ROW, Watch
+from lit_cifar.training.watch import IN_A_ROW, Watch
 
 STEPS = [*SHAPES, "--batch_size", "8", "--trainer.log_every_n_steps", "5"]
 WARNING = "lit_cifar: warning: "

@@ -34,12 +34,12 @@ from PIL import Image
 
 import lit_cifar.fit
 import lit_cifar.predict
-from lit_cifar import sources
-from lit_cifar.checkpoint import read_checkpoint
-from lit_cifar.classifier import load
+from lit_cifar.data import sources
 from lit_cifar.errors import UserError
-from lit_cifar.module import LitClassifier
+from lit_cifar.model.classifier import load
+from lit_cifar.model.module import LitClassifier
 from lit_cifar.nets import Net
+from lit_cifar.run.read import read_checkpoint
 
 SECONDS = 60  # that a case may take
 NAMES = ("data", "model", "trainer", "checkpoint", "running_loss", "seed_everything", "config")

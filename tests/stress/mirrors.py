@@ -40,7 +40,8 @@ WHOLE_LINE = re.compile(r"^CIFAR-10 is complete and verified, from (.+)$", re.MU
 SETTING = """
 import dataclasses, json, sys
 from pathlib import Path
-from lit_cifar import download, errors
+from lit_cifar import errors
+from lit_cifar.data import download
 told = json.load(open(sys.argv.pop(1)))
 download.CIFAR10 = dataclasses.replace(download.CIFAR10, num_bytes=told["num_bytes"], sha256=told["sha256"])
 download.ARCHIVES["cifar10"] = download.CIFAR10
@@ -67,7 +68,7 @@ errors.run(main)
 DECODE = (
     SETTING
     + """
-from lit_cifar import sources
+from lit_cifar.data import sources
 def main(args):
     print(sources.read_tree(Path(args[0]), True).images.sum().item())
 errors.run(main)

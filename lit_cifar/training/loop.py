@@ -17,9 +17,9 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
-from lit_cifar.data import CIFAR10DataModule
-from lit_cifar.loader import DeviceLoader
-from lit_cifar.module import LitClassifier
+from lit_cifar.data.datamodule import CIFAR10DataModule
+from lit_cifar.data.loader import DeviceLoader
+from lit_cifar.model.module import LitClassifier
 
 KNOWN_VERSIONS = ("2.6.",)  # of Lightning, whose loop this one stands for; tests/test_loop.py compares the two
 OUTER_HOOKS = ("on_train_batch_start", "on_train_batch_end")

@@ -1,37 +1,26 @@
-"""What a person sees while a net trains: running loss, speed, each device's share, warnings, the progress bar,
-TensorBoard's pages. Training logic is not here, watch judges, pictures draws, and callbacks do not know one another."""
+"""Loss, speed and the lines that a person reads while a net trains. watch.py judges the figures, dashboard.py draws."""
 
 import contextlib
 import math
 import os
-import re
 import shutil
-import socket
 import sys
 import time
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
-from torch.utils.tensorboard.summary import hparams
 
-from lit_cifar import log, pictures
+from lit_cifar import log
+from lit_cifar.data.loader import DeviceLoader
 from lit_cifar.errors import DivergedError, UserError
-from lit_cifar.loader import DeviceLoader, TrainBatches
-from lit_cifar.module import Classifier, LitClassifier
-from lit_cifar.report import commit, peak_memory, versions
-from lit_cifar.watch import Watch
-
-NUM_TRAINING_IMAGES = 32  # in the picture of what the net is given
-CLASSES_A_CHART = 10  # more lines cannot be told apart
+from lit_cifar.model.module import LitClassifier
+from lit_cifar.results.report import peak_memory
+from lit_cifar.training.watch import Watch
 
 
 class RunningLoss(Callback):
@@ -176,13 +165,13 @@ class RunningLoss(Callback):
                 )
         for group in trainer.optimizers[0].param_groups:
             metrics[f"lr/{group['name']}"] = group["lr"]
-        waited_seconds = _waited_seconds(trainer)
+        waited = waited_seconds(trainer)
         num_batches, seconds = self._watches["logged"].read()
         if num_batches and seconds:
             metrics["speed/images_per_second"] = num_batches * _batch_size(trainer) / seconds
             metrics["speed/step_ms"] = 1000 * seconds / num_batches * trainer.accumulate_grad_batches
-            metrics["speed/data_wait_ms"] = 1000 * (waited_seconds - self._waited_seconds) / num_batches
-        self._waited_seconds = waited_seconds
+            metrics["speed/data_wait_ms"] = 1000 * (waited - self._waited_seconds) / num_batches
+        self._waited_seconds = waited
         for name, num_bytes in peak_memory().items():
             if num_bytes is not None:
                 metrics[f"speed/peak_{name}_memory_mb"] = num_bytes / 1e6
@@ -215,240 +204,6 @@ class RunningLoss(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("running_loss", {"logged": [0.0, 0], "printed": [0.0, 0]})
         self._logged, self._printed = list(state["logged"]), list(state["printed"])
-
-
-class DeviceShapes(Callback):
-    """Prints once, on each rank, its device and the shapes of its share, as the tutorial's DataParallel example did."""
-
-    def __init__(self) -> None:
-        self._told = False
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._told:
-            return
-        self._told = True
-        rank, world_size = trainer.global_rank, trainer.world_size
-        loader = trainer.train_dataloader
-        whole = ""
-        if isinstance(loader, DeviceLoader) and isinstance(loader.batches, TrainBatches):
-            whole = f", global batch {loader.batches.num_in_batch(batch_idx)}"
-
-        def tell(module: LightningModule, args: tuple[Tensor], logits: Tensor) -> None:
-            handle.remove()
-            write(
-                trainer,
-                f"rank {rank} of {world_size} on {logits.device}: input {tuple(args[0].shape)}, "
-                f"output {tuple(logits.shape)}{whole}",
-            )
-
-        handle = pl_module.register_forward_hook(tell)
-
-
-class SlowRank(Callback):
-    """Warns when one rank keeps the others waiting, which nothing else shows: all ranks' steps take equally long.
-
-    Each rank measures what it does of a step by itself, up to the backward pass, in which gradients are exchanged:
-    waiting for images, and the forward pass. On a GPU the latter is the device's own time, of one step in each window,
-    so that nothing waits for the device between logging steps.
-    """
-
-    def __init__(self) -> None:
-        self._watch = Watch()
-        self._hosts: list[str] = []
-        self._events: tuple[Any, Any] | None = None
-        self._restart(0.0)
-
-    def _restart(self, waited_seconds: float) -> None:
-        self._began = time.perf_counter()
-        self._waited_seconds = waited_seconds
-        self._forward_began = self._forward_seconds = 0.0
-        self._num_batches = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._watch = Watch()
-        self._hosts = [socket.gethostname()] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(self._hosts, socket.gethostname())
-        if pl_module.device.type == "cuda":
-            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart(_waited_seconds(trainer))
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._events:
-            self._events[0].record()
-        self._forward_began = time.perf_counter()
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._forward_seconds += time.perf_counter() - self._forward_began
-        self._num_batches += 1
-        if self._events:
-            self._events[1].record()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        log_every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if trainer.world_size == 1 or not log_every or (batch_idx + 1) % log_every or not self._num_batches:
-            return
-        forward_ms = 1000 * self._forward_seconds / self._num_batches
-        if self._events:
-            self._events[1].synchronize()
-            forward_ms = self._events[0].elapsed_time(self._events[1])
-        wait_ms = 1000 * (_waited_seconds(trainer) - self._waited_seconds) / self._num_batches
-        step_ms = 1000 * (time.perf_counter() - self._began) / self._num_batches
-        mine = torch.zeros(trainer.world_size, device=pl_module.device)  # and a place for each other rank's
-        mine[trainer.global_rank] = wait_ms + forward_ms
-        own_ms = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
-        self._restart(_waited_seconds(trainer))
-        if trainer.is_global_zero:
-            warning = self._watch.ranks(trainer.global_step, own_ms, step_ms, self._hosts)
-            if warning:
-                warn(trainer, warning)
-
-
-class Dashboard(Callback):
-    """Fills TensorBoard's pages, so that they tell a run's story without being configured.
-
-    Text and graph at the start; pictures after each validation and after the test; then the hyperparameters with the
-    test's metrics, and the table of classes.
-
-    Args:
-        command: the command line that started the run.
-    """
-
-    def __init__(self, command: str = "") -> None:
-        self.command = command
-        self._images: list[tuple[Tensor, Tensor]] = []  # of this epoch's first batches, on the device
-        self._num_images = 0
-        self._side: int | None = None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._draws(trainer) or trainer.ckpt_path:
-            return  # a resumed run has them
-        assert isinstance(pl_module, LitClassifier)
-        writer = trainer.logger.experiment  # type: ignore[union-attr]
-        config = yaml.safe_dump(pl_module.config, sort_keys=False)
-        writer.add_text("config", f"```yaml\n{config}```")
-        writer.add_text("run", self._origin())
-        stages = ["val", "test"] if trainer.datamodule.num_val else ["test"]  # type: ignore[attr-defined]
-        writer.add_custom_scalars(charts(stages, pl_module.classes))
-        training = pl_module.net.training
-        pl_module.net.eval()
-        try:
-            with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the tracer, about branches it cannot see
-                # torch's tracer would walk from LitClassifier into the Trainer
-                classifier = Classifier(pl_module.net, pl_module.mean, pl_module.std)
-                writer.add_graph(classifier, pl_module.example_input_array)
-        except Exception as error:  # a net that cannot be traced trains all the same
-            write(trainer, f"TensorBoard has no graph of this net: {str(error).splitlines()[0]}")
-        pl_module.net.train(training)
-
-    def _origin(self) -> str:
-        rows = {"command": f"`{self.command}`", "commit": commit() or "unknown", **versions()}
-        return "\n".join(["| what | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._images, self._num_images = [], 0
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._num_images < NUM_TRAINING_IMAGES:
-            assert isinstance(pl_module, LitClassifier)
-            images, labels = batch
-            missing = NUM_TRAINING_IMAGES - self._num_images
-            self._images.append((images[:missing].clone(), labels[:missing].clone()))
-            self._num_images += len(images)
-            self._side = pl_module.side()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._draw(trainer, pl_module, "val")
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._draws(trainer):
-            return
-        assert isinstance(pl_module, LitClassifier)
-        self._draw(trainer, pl_module, "test")
-        writer = trainer.logger.experiment  # type: ignore[union-attr]
-        report = pl_module.reports["test"]
-        writer.add_text("test/classes", f"```\n{report.table()}\n```", trainer.global_step)
-        # TensorBoard finds the values under these tags, where the test logged them; logger.log_hyperparams would log
-        # them once more
-        tags = dict.fromkeys(("test/accuracy", "test/loss", "test/calibration_error"), 0.0)
-        for summary in hparams(hyperparameters(pl_module.config), tags):
-            writer._get_file_writer().add_summary(summary)
-        trainer.logger.save()  # type: ignore[union-attr]
-
-    @staticmethod
-    def _draws(trainer: Trainer) -> bool:
-        return isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero
-
-    def _draw(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not self._draws(trainer):
-            return
-        assert isinstance(pl_module, LitClassifier)
-        report = pl_module.reports[stage]
-        drawn = {
-            f"{stage}/confusion": pictures.confusion_matrix(report),
-            f"{stage}/mistakes": pictures.mistakes(report.mistakes, report.classes),
-            f"{stage}/reliability": pictures.reliability(report.calibration),
-        }
-        if self._images:
-            images, labels = (torch.cat(parts) for parts in zip(*self._images, strict=True))
-            seen = pl_module.shrunk(images.float(), self._side).round().to(torch.uint8)
-            drawn["train/images"] = pictures.training_images(seen.cpu(), labels.cpu(), report.classes)
-            self._images = []
-        first = next((layer for layer in pl_module.net.modules() if isinstance(layer, torch.nn.Conv2d)), None)
-        if first is not None and first.weight.shape[1] == 3:
-            drawn["net/filters"] = pictures.filters(first.weight)
-        for tag, picture in drawn.items():
-            step = trainer.global_step
-            trainer.logger.experiment.add_image(tag, picture, step, dataformats="HWC")  # type: ignore[union-attr]
-
-
-def charts(stages: Sequence[str], classes: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """The layout of TensorBoard's Custom Scalars page; one pattern of one chart matches each tag.
-
-    Patterns name no more of a run than they must: TensorBoard joins equal charts of several runs, and no others.
-    """
-    accuracy = {}
-    for stage in stages:
-        if len(classes) <= CLASSES_A_CHART:
-            accuracy[f"{stage}: accuracy of each class"] = ["Multiline", [f"^{stage}/accuracy/.+$"]]
-            continue
-        for first in range(0, len(classes), CLASSES_A_CHART):
-            of_chart = classes[first : first + CLASSES_A_CHART]
-            title = f"{stage}: accuracy of each class, {of_chart[0]} to {of_chart[-1]}"
-            accuracy[title] = ["Multiline", [f"^{stage}/accuracy/{re.escape(name)}$" for name in of_chart]]
-    return {
-        "accuracy": accuracy,
-        "loss": {"training and validation loss": ["Multiline", ["^train/loss$", "^val/loss$"]]},
-        "learning rates": {"learning rate of each parameter group": ["Multiline", ["^lr/.+$"]]},
-    }
-
-
-def hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
-    """Those settings of a run that decide its result, by short name, for TensorBoard's HParams page."""
-    model, data, trainer = (config.get(section, {}) for section in ("model", "data", "trainer"))
-    chosen = {
-        "net": model.get("net", {}).get("class_path", "").rsplit(".", 1)[-1],
-        **{key: value for key, value in model.items() if key not in ("net", "mean", "std", "compile")},
-        **{key: data.get(key) for key in ("dataset", "batch_size", "num_val")},
-        "augment": _what_is_on(data.get("augment", {})),
-        **{key: trainer.get(key) for key in ("max_epochs", "devices", "precision")},
-        "seed": config.get("seed_everything"),
-    }
-    return {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in chosen.items()}
-
-
-def _what_is_on(augment: dict[str, Any]) -> str:
-    """The augmentation in a few words: one column of the page instead of six."""
-    chosen = {key: value for key, value in augment.items() if value not in (0, "none")}
-    if "crop" not in chosen:
-        chosen.pop("pad", None)
-    return ", ".join(f"{key} {value}" for key, value in chosen.items()) or "none"
 
 
 class ProgressBar(TQDMProgressBar):
@@ -501,7 +256,7 @@ def _batch_size(trainer: Trainer) -> int:
     return int(trainer.datamodule.batch_size)  # type: ignore[attr-defined]
 
 
-def _waited_seconds(trainer: Trainer) -> float:
+def waited_seconds(trainer: Trainer) -> float:
     loader = trainer.train_dataloader
     return loader.waited_seconds if isinstance(loader, DeviceLoader) else 0.0
 

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from lit_cifar import download, shapes, sources
-from lit_cifar.augment import Augment
+from lit_cifar.data import download, shapes, sources
+from lit_cifar.data.augment import Augment
+from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches, check_transform, make_generator
+from lit_cifar.data.sources import Split
 from lit_cifar.errors import UserError
-from lit_cifar.loader import DeviceLoader, EvalBatches, TrainBatches, check_transform, make_generator
-from lit_cifar.sources import Split
 
 DEFAULT_DATA_DIR = "data"
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100}  # of the official sets

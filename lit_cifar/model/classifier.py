@@ -8,9 +8,10 @@ import jsonargparse
 import torch
 from torch import Tensor, nn
 
-from lit_cifar.checkpoint import check_trusted, read_checkpoint
 from lit_cifar.errors import UserError
-from lit_cifar.module import TTA, Classifier, check_weights
+from lit_cifar.model.module import TTA, Classifier, check_weights
+from lit_cifar.run.read import read_checkpoint
+from lit_cifar.run.trust import check_trusted
 
 
 class Classes(tuple[str, ...]):

@@ -23,9 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_cifar import log, shapes
-from lit_cifar.download import ARCHIVES
+from lit_cifar import log
+from lit_cifar.data import shapes
+from lit_cifar.data.download import ARCHIVES
 from lit_cifar.errors import UserError
+from lit_cifar.text import printable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -329,11 +331,6 @@ def _source(path: Path) -> Contents:
         return _list_tree(path) if path.is_dir() else _stat_archive(path)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path} ({error.strerror})") from error
-
-
-def printable(text: str) -> str:
-    """`text` as it may stand in one line on a terminal: names in an archive are whatever someone put there."""
-    return text if text.isprintable() else repr(text)
 
 
 def _list_tree(path: Path) -> Contents:

@@ -13,11 +13,11 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from lit_cifar.data.loader import DeviceLoader, TrainBatches
 from lit_cifar.errors import UserError
-from lit_cifar.loader import DeviceLoader, TrainBatches
-from lit_cifar.metrics import Calibration, Mistakes, SummedCalibration, SummedLoss, WorstMistakes
-from lit_cifar.optim import Group, MuonSGD, Schedule, claim, lr_factor
-from lit_cifar.report import Report
+from lit_cifar.model.optim import Group, MuonSGD, Schedule, claim, lr_factor
+from lit_cifar.results.metrics import Calibration, Mistakes, SummedCalibration, SummedLoss, WorstMistakes
+from lit_cifar.results.report import Report
 
 Batch = tuple[Tensor, Tensor]
 TTA = Literal["none", "mirror", "mirror_shift"]

@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lit_cifar.metrics import NUM_BINS, Calibration, Mistakes
-from lit_cifar.report import Report
+from lit_cifar.results.metrics import NUM_BINS, Calibration, Mistakes
+from lit_cifar.results.report import Report
 
 Picture = npt.NDArray[np.uint8]
 

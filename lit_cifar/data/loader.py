@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lit_cifar.augment import Augment, Draws
+from lit_cifar.data.augment import Augment, Draws
+from lit_cifar.data.sources import Split
 from lit_cifar.errors import UserError
-from lit_cifar.sources import Split
 
 CHUNK = 512  # images augmented and moved at once when batches are smaller; batch 4 alone costs 4 times as much a step
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lit_cifar
 from lit_cifar.files import write_durably
-from lit_cifar.metrics import Calibration, Mistakes
+from lit_cifar.results.metrics import Calibration, Mistakes
 
 try:
     import resource
@@ -145,7 +145,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The commit of the checkout this package runs from, '-dirty' behind it when it was changed; None outside one."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     git = ["git", "-C", os.fspath(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -12,3 +12,12 @@ def run_version(run: Path) -> int:
     """N of a folder version_N, -1 of any other."""
     match = re.fullmatch(r"version_(\d+)", run.name)
     return int(match[1]) if match else -1
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """The run's folder that a checkpoint lies in, version_N/checkpoints/*.ckpt; None for any other place."""
+    folder = checkpoint.resolve().parent
+    if folder.name != "checkpoints" or run_version(folder.parent) < 0:
+        return None
+    here = Path.cwd()
+    return folder.parent.relative_to(here) if folder.is_relative_to(here) else folder.parent

@@ -1,0 +1,137 @@
+"""Threads, kernels, memory and Slurm: what suits the machine; and how a command ends on it."""
+
+import contextlib
+import ctypes
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_cifar import errors, log
+from lit_cifar.cli.parser import value_of
+from lit_cifar.errors import UserError
+from lit_cifar.run.stop import STOPPED, Stopped
+
+# Up to this many images times parameters a step is too small for two threads and for oneDNN's preparations. The
+# tutorial's net at batch 4 (0.25 million): forward, backward and SGD take 1.65 ms with oneDNN and 1.20 without (one
+# thread, torch 2.14, 2 CPU cores); two threads gain nothing and lose much when another process wants a core
+SMALL_STEP = 2**20
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
+
+
+def slurm_environment() -> SLURMEnvironment | None:
+    """Slurm's environment where Lightning would choose it, but leaving signals to Checkpoints.
+
+    Lightning's own saves in mid-step at SIGUSR1 and requeues the job itself, beside the job's script.
+    """
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return None
+    try:
+        return SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as error:  # --ntasks without --ntasks-per-node
+        raise UserError(f"the Slurm allocation does not suit: {error}") from error
+
+
+def check_allocation(slurm: SLURMEnvironment, trainer: Trainer) -> None:
+    """Each task that srun started is one device; with one device Lightning does not look, and all would train alone."""
+    num_tasks, num_processes = slurm.world_size(), trainer.num_devices * trainer.num_nodes
+    if "SLURM_STEP_ID" in os.environ and num_tasks != num_processes:  # which srun gives to what it starts
+        raise UserError(
+            f"Slurm started {num_tasks} tasks, one for each device, but --devices {trainer.num_devices} on --num_nodes "
+            f"{trainer.num_nodes} makes {num_processes}: let --ntasks-per-node be --devices, and --nodes --num_nodes"
+        )
+    if num_processes > 1:
+        try:
+            slurm.validate_settings(trainer.num_devices, trainer.num_nodes)
+        except ValueError as error:
+            raise UserError(f"the Slurm allocation does not suit: {error}") from error
+
+
+def suit_cpu(size: int) -> None:
+    """Settles threads, kernels and memory on the CPU for a step of `size` images times parameters."""
+    small = size <= SMALL_STEP
+    torch.backends.mkldnn.enabled = not small  # type: ignore[assignment]
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    if not small:
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Lets the process keep memory that it frees, where the C library is glibc.
+
+    By default glibc gives each large block back to the system, which fills the next one with zeros page by page: a step
+    of SpeedNet on 2,000 images took 12 to 13 s so and 6.0 to 6.6 s with its memory kept (2 CPU cores, torch 2.14).
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def on_each_node() -> Iterator[None]:
+    """Around what reads files that each node may have of its own: what is wrong with them is told by each node."""
+    try:
+        yield
+    except UserError as error:
+        error.of_node = True
+        raise
+
+
+def set_log_level(level: str) -> None:
+    """As `log.set_level`, for Lightning's lines and Python's warnings too.
+
+    Lightning's notes on what it found, and on how it could be extended, are for 'debug'. What is not about one rank is
+    said by the first alone.
+    """
+    log.set_level(level)
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel({"debug": "INFO", "error": "ERROR"}.get(level, "WARNING"))
+    if level == "error" or (log.rank() and level != "debug"):
+        warnings.simplefilter("ignore")
+    # said on each machine that has Slurm, to whoever trains outside of a job
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
+    warnings.filterwarnings("ignore", message="The number of training batches")  # RunningLoss logs short epochs too
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
+    # Lightning 2.6.6 asks torch 2.15 in a way that is to go (utilities/_pytree.py:21); users cannot mend it
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+
+
+def run(command: Callable[[list[str]], None]) -> NoReturn:
+    """As `errors.run`; what Lightning refuses is the user's to mend too.
+
+    Only the first process tells it, and of what may be wrong on one node alone the first of each node. A training that
+    a signal stopped ends with code STOPPED.
+    """
+
+    def on_this_rank(args: list[str]) -> None:
+        level = value_of("log_level", args)  # before anything is said; a config may set it too
+        set_log_level(level if level in log.LEVELS else "info")
+        try:
+            command(args)
+        except (UserError, MisconfigurationException) as error:
+            rank = rank_zero_only.rank  # type: ignore[attr-defined]
+            if rank == 0:
+                raise UserError(str(error)) from error
+            if getattr(error, "of_node", False) and log.local_rank() == 0:
+                raise UserError(f"rank {rank} on {socket.gethostname()}: {error}") from error
+            sys.exit(2)
+        except Stopped as stopped:
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                sys.stdout.flush()
+                print(f"lit_cifar: {stopped}", file=sys.stderr, flush=True)
+            sys.exit(STOPPED)
+
+    errors.run(on_this_rank)

@@ -1,0 +1,1 @@
+"""From files to batches on the device. The model is not known here."""

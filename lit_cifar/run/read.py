@@ -1,0 +1,262 @@
+"""Finds states and reads them, checked, without running code that may be in the file. trust.py judges the classes that
+they name."""
+
+import os
+import pickle
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from packaging.version import Version
+
+from lit_cifar import log
+from lit_cifar.errors import UserError
+from lit_cifar.run.folder import RUNS, run_version
+from lit_cifar.run.trust import is_plain
+
+MAX_PICKLE_BYTES = 2**22  # of a checkpoint, without its tensors; a small run's is 10 to 100 kB
+
+POSITION = {"epoch": 0, "batch": 0}  # states are compared with these: in the data,
+
+RUNNING_LOSS = {"logged": [0.0, 0], "printed": [0.0, 0]}  # sums and counts,
+
+GPU_RANDOM_STATE = torch.zeros(16, dtype=torch.uint8)  # and torch.cuda's
+
+
+def find_checkpoint(resume: str, save_dir: Path) -> Path | None:
+    """The checkpoint that `--resume` means: a file, a run's folder, or for 'auto' and 'if-any' that of the newest run.
+
+    In a folder, the newest state that is whole: one that is cut short is named and passed over for the one before.
+    None for 'if-any' where no run has a checkpoint.
+
+    Raises:
+        UserError: there is none, or none that is whole.
+    """
+    if resume not in ("auto", "if-any"):
+        path = Path(resume)
+        if states_of(path):
+            return _newest_whole(path, resume)
+        if not path.is_file():
+            raise UserError(
+                f"--resume {resume}: no such checkpoint; name a .ckpt file, a run's folder, 'auto' or 'if-any'"
+            )
+        return path
+    runs = sorted((save_dir / RUNS).glob("version_*"), key=run_version, reverse=True)
+    for run in runs:
+        if states_of(run):
+            return _newest_whole(run, resume)
+    if resume == "if-any":
+        return None
+    raise UserError(f"--resume auto: no run in {save_dir / RUNS} has a checkpoint; start one without --resume")
+
+
+def states_of(run: Path) -> list[Path]:
+    """The files of a run's newest states, the newest first."""
+    found = [run / "checkpoints" / "last.ckpt", *(run / "checkpoints").glob("last-*.ckpt")]
+    ages = {path: int(age[1]) if (age := re.search(r"-(\d+)$", path.stem)) else 0 for path in found}
+    return sorted((path for path in found if path.is_file()), key=ages.__getitem__)
+
+
+def _newest_whole(run: Path, resume: str) -> Path:
+    for path in states_of(run):
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                log.warn(f"{error}: passed over")
+        else:
+            return path
+    raise UserError(f"--resume {resume}: {run} has no checkpoint that is whole; start anew without --resume")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint of ours, without running code that may be in the file (weights_only).
+
+    Its checksums are right, it takes no more memory than its size, and what `on_save_checkpoint` of the module put into
+    it is of the right types.
+
+    Raises:
+        UserError: it is missing, cut short, or something else.
+    """
+    try:
+        _check_records(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}; name a .ckpt file") from None
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read ({error.strerror})") from None
+    except Exception as error:  # torch.load raises almost anything on bytes it does not know
+        raise UserError(
+            f"{path} is no checkpoint, or was cut short or damaged ({type(error).__name__}); name another one"
+        ) from None
+    if not _is_ours(checkpoint):
+        raise UserError(f"{path} is not a checkpoint of lit_cifar; name one from lightning_logs/*/checkpoints")
+    return checkpoint
+
+
+def _check_records(path: Path) -> None:
+    """Raises unless the file is as torch.save writes it: a zip, stored, with right sums, and a pickle of a sane size.
+
+    torch.load looks at none of this: it unpacks what is packed, and lets a flipped bit of a weight pass.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            raise zipfile.BadZipFile
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise zipfile.BadZipFile
+            if sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size:
+                raise zipfile.BadZipFile
+            for record in records:
+                if record.filename.endswith("/data.pkl"):
+                    if record.file_size > MAX_PICKLE_BYTES:
+                        raise zipfile.BadZipFile
+                    _check_pickle(archive.read(record))
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+
+
+def _check_pickle(data: bytes) -> None:
+    """bytearray is the one function that torch's unpickler would call with a size that needs no bytes in the file."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL" and "bytearray" in str(argument):  # the only opcode that brings torch a function
+            raise pickle.UnpicklingError
+
+
+def _is_ours(checkpoint: Any) -> bool:
+    if not isinstance(checkpoint, dict) or not {"state_dict", "lit_cifar"} <= checkpoint.keys():
+        return False
+    weights, ours = checkpoint["state_dict"], checkpoint["lit_cifar"]
+    if not (isinstance(weights, dict) and isinstance(ours, dict) and unlike(checkpoint.get("global_step"), 0) is None):
+        return False
+    if not all(isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in weights.items()):
+        return False
+    classes, config = ours.get("classes", []), ours.get("config") or {}
+    return (
+        isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+        and isinstance(config, dict)
+        and all(isinstance(config.get(section, {}), dict) for section in ("model", "data", "trainer", "checkpoint"))
+        and is_plain(ours)
+        and is_plain(checkpoint, (torch.Tensor, tuple))
+        and _is_version(checkpoint.get("pytorch-lightning_version"))
+        and _are_states_of_callbacks(checkpoint.get("callbacks", {}))
+        and unlike(checkpoint.get("running_loss", RUNNING_LOSS), RUNNING_LOSS) is None
+    )
+
+
+def _is_version(value: Any) -> bool:
+    """Whether it is one of Lightning's from 2 on; there are no checkpoints of ours of an earlier one."""
+    try:
+        return Version(value) >= Version("2")
+    except (TypeError, ValueError):
+        return False
+
+
+def _are_states_of_callbacks(states: Any) -> bool:
+    if not (isinstance(states, dict) and all(isinstance(state, dict) for state in states.values())):
+        return False
+    ours = states.get("Checkpoints")
+    if ours is None:
+        return True
+    best_score, random_states = ours.get("best_score"), ours.get("random_states")
+    return (
+        isinstance(best_score, (float, type(None)))
+        and isinstance(random_states, list)
+        and all(_is_random_state(state) for state in random_states)
+    )
+
+
+def _is_random_state(state: Any) -> bool:
+    """Whether `set_random_state` takes it, on any machine."""
+    if not isinstance(state, dict):
+        return False
+    try:
+        torch.Generator().set_state(state["cpu"])
+    except (TypeError, KeyError, RuntimeError):
+        return False
+    gpu = state.get("cuda", GPU_RANDOM_STATE)
+    # CUDA's is a seed and an offset of 8 bytes each, and the offset a multiple of 4
+    return unlike(gpu, GPU_RANDOM_STATE) is None and gpu.dtype == torch.uint8 and int(gpu[8]) % 4 == 0
+
+
+def check_state(checkpoint: dict[str, Any], trainer: Trainer, module: LightningModule) -> None:
+    """Checks that a checkpoint's state of the training is one that this training could have saved.
+
+    Lightning and torch take what they find, and the training fails of it later.
+
+    Args:
+        checkpoint: from `read_checkpoint`.
+        trainer: with the data module.
+        module: with the trainer.
+
+    Raises:
+        UserError: the file is spoilt, or from another version or kind of training.
+    """
+    configured: Any = module.configure_optimizers()
+    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    own_groups = optimizer.state_dict()["param_groups"]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    buffers = {number: {"momentum_buffer": weight} for number, weight in enumerate(weights)}
+    scaler = trainer.precision_plugin.state_dict()
+    try:
+        fit_loop, (state,) = checkpoint["loops"]["fit_loop"], checkpoint["optimizer_states"]
+        groups, schedulers = state["param_groups"], checkpoint["lr_schedulers"]
+        wrong = (
+            unlike(
+                fit_loop,
+                {**_common(trainer.fit_loop.state_dict(), fit_loop), "state_dict": {"combined_loader": [POSITION]}},
+                "loops.fit_loop",
+            )
+            or unlike(state["state"], _common(buffers, state["state"]), "optimizer_states.state")
+            or unlike(groups, [_common(*pair) for pair in zip(own_groups, groups, strict=True)], "param_groups")
+            or unlike(schedulers, [scheduler.state_dict()] * len(schedulers), "lr_schedulers")
+        )
+        for own, group in zip(own_groups, groups, strict=True):
+            for key in {"dampening", "maximize", "differentiable", "foreach"} & own.keys() & group.keys():
+                wrong = wrong or (None if group[key] == own[key] else f"param_groups.{key}")  # no settings of ours
+        for name in (type(trainer.precision_plugin).__qualname__, "native_amp_scaling_state"):
+            if scaler and name in checkpoint:
+                wrong = wrong or unlike(checkpoint[name], scaler, name)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        wrong = f"its structure ({type(error).__name__})"
+    if wrong:
+        raise UserError(
+            f"--resume: the checkpoint's state of the training is spoilt, or another version's or another kind of "
+            f"training's: see {wrong}; name another checkpoint, or start anew without --resume"
+        )
+
+
+def _common(own: dict[Any, Any], found: dict[Any, Any]) -> dict[Any, Any]:
+    """Our own values of those keys that were found: another version of Lightning or torch may have counted less."""
+    return {key: value for key, value in own.items() if key in found}
+
+
+def unlike(value: Any, own: Any, where: str = "") -> str | None:
+    """The first place in a value whose keys, length, shape or type are not those of our own one; None: nowhere."""
+    pairs: list[tuple[Any, Any, str]] = []
+    if isinstance(own, dict):
+        fits = isinstance(value, dict) and value.keys() == own.keys()
+        pairs = [(value[key], own[key], f"{where}.{key}") for key in own] if fits else []
+    elif isinstance(own, list):
+        fits = isinstance(value, list) and len(value) == len(own)
+        pairs = [(*pair, where) for pair in zip(value, own, strict=True)] if fits else []
+    elif isinstance(own, torch.Tensor):
+        fits = isinstance(value, torch.Tensor) and value.shape == own.shape
+        fits = fits and value.is_floating_point() == own.is_floating_point()
+    elif type(own) is int:  # a count
+        fits = type(value) is int and 0 <= value < 2**63
+    elif type(own) is float:
+        fits = type(value) in (int, float)
+    else:
+        fits = type(value) is type(own)
+    if not fits:
+        return where or "it"
+    return next(filter(None, (unlike(*pair) for pair in pairs)), None)

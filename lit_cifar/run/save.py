@@ -1,0 +1,214 @@
+"""Saves the states of a training run, whole or not at all, and keeps the best. stop.py says when a run stops, read.py
+reads states."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from lit_cifar.errors import DivergedError, UserError
+from lit_cifar.files import replaced
+from lit_cifar.run.stop import STOP_SIGNALS, Agreement, Stopped
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints beside their final name, onto the disk, and renames them.
+
+    Lightning's own goes through $TMPDIR without fsync, and swallows a PermissionError (fabric/utilities/cloud_io.py).
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        try:
+            with replaced(Path(path)) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+            lines = str(error).splitlines()  # below a RuntimeError's first line stands where in torch it came from
+            reason = getattr(error, "strerror", None) or (lines[0] if lines else type(error).__name__)
+            raise UserError(
+                f"checkpoint {path} could not be written ({reason}); the one before is whole: free space or mend the "
+                f"folder, then go on with --resume {path}"
+            ) from error
+
+
+class Checkpoints(Checkpoint):
+    """Keeps `last.ckpt`, the newest state, and `best.ckpt`, the best in validation, in the run's `checkpoints/`.
+
+    At SIGTERM or SIGUSR1, whichever rank gets it, all ranks save after the same step and stop.
+
+    Args:
+        every_n_train_steps: optimiser steps between two saves; the end of each epoch is saved besides.
+        every_n_minutes: minutes between two saves, besides; null is off.
+        num_kept: how many of the newest states are kept: `last.ckpt`, and before it `last-1.ckpt`, `last-2.ckpt`, ...
+        monitor: the logged value that `best.ckpt` follows, where there is validation.
+        mode: whether its largest ('max') or smallest ('min') value is best.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int = 1000,
+        every_n_minutes: float | None = None,
+        num_kept: int = 2,
+        monitor: str = "val/accuracy",
+        mode: Literal["max", "min"] = "max",
+    ) -> None:
+        for flag, value, valid in (
+            ("every_n_train_steps", every_n_train_steps, every_n_train_steps >= 1),
+            ("every_n_minutes", every_n_minutes, every_n_minutes is None or every_n_minutes > 0),
+            ("num_kept", num_kept, num_kept >= 1),
+        ):
+            if not valid:
+                raise UserError(f"--checkpoint.{flag} {value} is out of range; see --help")
+        self.every_n_train_steps = every_n_train_steps
+        self.every_n_minutes = every_n_minutes
+        self.num_kept = num_kept
+        self.monitor = monitor
+        self.mode = mode
+        self._signal: int | None = None  # the newest that came, set by the handler and by nothing else
+        self._agreement = Agreement()
+        self._saved_at = 0.0  # on time.monotonic's clock
+        self.best_score: float | None = None
+        self._seen_step = 0  # with accumulated gradients, only the first batch end at a step is a step's end
+        self._random_states: list[dict[str, Any]] = []
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._signal = number
+
+    def _take_signals(self) -> None:
+        # Over Lightning's handlers, which work at once: a checkpoint in mid-step, a broadcast that other ranks do not
+        # join. Lightning puts back what was there before the run.
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._on_signal)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_signals()  # and does nothing at one: a test is short
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_signals()
+        run = Path(trainer.log_dir or ".")  # asked for on every rank: rank 0 broadcasts it
+        if trainer.is_global_zero:
+            for unfinished in (run / "checkpoints").glob(".*.part"):  # of a run killed in a save
+                unfinished.unlink()
+        self._agreement = Agreement()
+        self._saved_at = time.monotonic()
+        self._seen_step = trainer.global_step
+        if len(self._random_states) == trainer.world_size:  # on other numbers of ranks nobody can continue the draws
+            set_random_state(self._random_states[trainer.global_rank])
+        self._random_states = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._seen_step:
+            return
+        self._seen_step = step
+        # The end of an epoch is saved in on_train_epoch_end. Saved there, a stop in mid-epoch would count as its end.
+        if trainer.is_last_batch:
+            return
+        interrupted, due = self._agree()
+        stops = trainer.should_stop or step == trainer.max_steps
+        if stops or due or interrupted or step % self.every_n_train_steps == 0:
+            self._save(trainer, "last.ckpt")
+        if interrupted:
+            self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_last_batch:
+            return
+        self._save(trainer, "last.ckpt")
+        if self._agree(wait=True)[0]:
+            self._stop(trainer)
+
+    def _agree(self, wait: bool = False) -> tuple[bool, bool]:
+        """Whether any rank got a signal, and whether one thinks that it is time for a save; the same on all ranks."""
+        seconds = time.monotonic() - self._saved_at
+        due = self.every_n_minutes is not None and seconds >= 60 * self.every_n_minutes
+        return self._agreement.ask(self._signal is not None, due, wait=wait)
+
+    def _stop(self, trainer: Trainer) -> None:
+        name = signal.Signals(self._signal).name if self._signal else "a signal to another rank"
+        kept = Path(trainer.log_dir or ".") / "checkpoints" / "last.ckpt"
+        raise Stopped(f"stopped by {name} after step {trainer.global_step}; go on with --resume {kept}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.monitor not in trainer.callback_metrics:
+            names = ", ".join(sorted(trainer.callback_metrics))
+            raise UserError(f"--checkpoint.monitor {self.monitor} is not logged: choose one of {names}")
+        score = float(trainer.callback_metrics[self.monitor])
+        sign = 1 if self.mode == "max" else -1
+        if self.best_score is None or sign * score > sign * self.best_score:
+            self.best_score = score
+            self._save(trainer, "best.ckpt")
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        assert trainer.log_dir is not None
+        path = Path(trainer.log_dir) / "checkpoints" / name
+        if name == "last.ckpt" and trainer.is_global_zero:
+            keep(path, self.num_kept)
+        trainer.save_checkpoint(path)
+        self._saved_at = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        states: list[Any] = [get_random_state()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            states = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, get_random_state())
+        return {"best_score": self.best_score, "random_states": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score, self._random_states = state_dict["best_score"], state_dict["random_states"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for name, weight in checkpoint["state_dict"].items():
+            if weight.is_floating_point() and not bool(weight.isfinite().all()):
+                raise DivergedError(
+                    f"step {trainer.global_step}: {name} is not finite, so nothing is saved and the checkpoint before "
+                    "is kept: go on from it with --resume and a smaller --lr, or start anew with one"
+                )
+
+
+def keep(path: Path, num_kept: int) -> None:
+    """Before `path` is replaced: makes last.ckpt also last-1.ckpt, and last-1.ckpt last-2.ckpt, up to `num_kept` files.
+
+    `path` itself stays where it is, so that a run killed here has it still.
+    """
+    previous = path.with_name(f"{path.stem}-1{path.suffix}")
+    if num_kept == 1 or not path.exists() or (previous.exists() and previous.samefile(path)):
+        return  # the same file when a run was killed between this and its save
+    for age in range(num_kept - 2, 0, -1):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(
+                path.with_name(f"{path.stem}-{age}{path.suffix}"), path.with_name(f"{path.stem}-{age + 1}{path.suffix}")
+            )
+    with contextlib.suppress(OSError):  # a file system without hard links keeps one state less
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
+
+
+def get_random_state() -> dict[str, Any]:
+    """torch's random state on the CPU and the current GPU, which nets with dropout draw from."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restores what `get_random_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
