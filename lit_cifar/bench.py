@@ -1,5 +1,6 @@
 """`python -m lit_cifar.bench CONFIG`: measures a recipe, or one stage of it. What is measured is in other modules."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -13,21 +14,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_cifar import fit
 from lit_cifar.cli import machine
-from lit_cifar.cli.command import CLI
-from lit_cifar.cli.parser import value_of
+from lit_cifar.cli.command import CLI, set_up
+from lit_cifar.cli.parser import truth
 from lit_cifar.errors import UserError
+from lit_cifar.files import local_path
 from lit_cifar.model.module import normalise
 from lit_cifar.results.report import commit, versions
 
 STAGES = ("fit", "step", "loader")
-OWN_FLAGS = {"runs": "3", "stage": "fit", "warm": "false"}
 USAGE = """usage: python -m lit_cifar.bench CONFIG [--runs N] [--stage STAGE] [--warm true] [any flag of lit_cifar.fit]
 
 Measures a recipe; the last line it prints is JSON.
@@ -57,40 +59,46 @@ def main(args: list[str]) -> None:
         print(USAGE)
         return
     config, own, rest = split_flags(args)
-    num_runs = int(own["runs"])
-    if own["stage"] == "fit":
-        result = _bench_fit(config, num_runs, own["warm"] == "true", rest)
-    elif own["stage"] == "step":
-        result = _bench_step(config, num_runs, rest)
+    flags = ["--config", config, *rest]
+    if own.stage == "fit":
+        result = _bench_fit(config, own.runs, own.warm, flags)
+    elif own.stage == "step":
+        result = _bench_step(config, own.runs, flags)
     else:
-        result = _bench_loader(config, num_runs, rest)
-    where = {"config": config, "stage": own["stage"], "flags": rest}
+        result = _bench_loader(config, own.runs, flags)
+    where = {"config": config, "stage": own.stage, "flags": rest}
     print(json.dumps({**where, **result, "device": device(), "versions": versions(), "commit": commit()}))
 
 
-def split_flags(args: list[str]) -> tuple[str, dict[str, str], list[str]]:
+class _OwnFlags(argparse.ArgumentParser):
+    """Bench's own flags; all others are fit's."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.add_argument("--runs", type=int, default=3)
+        self.add_argument("--stage", default="fit")
+        self.add_argument("--warm", type=truth, default=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def split_flags(args: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
     """The config, bench's own flags, and those of lit_cifar.fit.
 
     Raises:
         UserError: there is no config, or one of bench's own flags has no such value.
     """
-    config, own, rest = args[0], dict(OWN_FLAGS), list(args[1:])
-    if config.startswith("-"):
+    if args[0].startswith("-"):
         raise UserError("the recipe comes first: python -m lit_cifar.bench CONFIG [--runs N] ...")
+    config = str(local_path(args[0], "CONFIG"))
     if not Path(config).is_file():
         raise UserError(f"no recipe at {config}: name a file, such as configs/tutorial.yaml")
-    for flag in own:
-        value = value_of(flag, rest)
-        if value is not None:
-            own[flag] = value
-            position = next(i for i, arg in enumerate(rest) if arg.split("=")[0] == f"--{flag}")
-            del rest[position : position + (1 if "=" in rest[position] else 2)]
-    if not own["runs"].isdigit() or int(own["runs"]) < 1:
-        raise UserError(f"--runs: expected a number from 1, got {own['runs']}")
-    if own["stage"] not in STAGES:
-        raise UserError(f"--stage: expected one of {', '.join(STAGES)}, got {own['stage']}")
-    if own["warm"] not in ("true", "false"):
-        raise UserError(f"--warm: expected true or false, got {own['warm']}")
+    own, rest = _OwnFlags().parse_known_args(args[1:])
+    if own.runs < 1:
+        raise UserError(f"--runs: expected a number from 1, got {own.runs}")
+    if own.stage not in STAGES:
+        raise UserError(f"--stage: expected one of {', '.join(STAGES)}, got {own.stage}")
     return config, own, rest
 
 
@@ -128,11 +136,16 @@ def device() -> str:
     return f"CPU, {os.cpu_count()} cores, {threads}: {model}"
 
 
-def _bench_fit(config: str, num_runs: int, warm: bool, rest: list[str]) -> dict[str, Any]:
-    seed = int(value_of("seed", rest) or 0)
+def _settings(flags: list[str]) -> Namespace:
+    """The settings of a run of fit, read before the first one starts."""
+    return CLI(flags, prog="bench", description="", add_arguments=fit.add_arguments, build=False).config
+
+
+def _bench_fit(config: str, num_runs: int, warm: bool, flags: list[str]) -> dict[str, Any]:
+    seed = _settings(flags).seed_everything
     results = []
     with tempfile.TemporaryDirectory(prefix="lit_cifar-bench-") as folder:
-        flags = ["--config", config, *rest, "--trainer.default_root_dir", folder]
+        flags = [*flags, "--trainer.default_root_dir", folder]
         if warm:
             _fit_here([*flags, "--trainer.max_steps", str(WARM_UP_STEPS)], Path(folder))
         for run in range(num_runs):
@@ -220,20 +233,25 @@ class _Stopwatch(Callback):
         return (self.times[1] - self.times[0]) / (self.last - self.first)
 
 
-def _bench_step(config: str, num_runs: int, rest: list[str]) -> dict[str, Any]:
+def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
     """The recipe's step with everything on, and under barebones, in turn."""
-    limit = value_of("trainer.max_steps", rest)
-    num_steps = int(limit) if limit else TIMED_STEPS + UNTIMED_STEPS
+    limit = _settings(flags).trainer.max_steps
+    num_steps = limit if limit >= 0 else TIMED_STEPS + UNTIMED_STEPS
     untimed = min(UNTIMED_STEPS, num_steps // 2)
     milliseconds: dict[str, list[float]] = {"as configured": [], "barebones": []}
     with tempfile.TemporaryDirectory(prefix="lit_cifar-bench-") as folder:
         for _ in range(num_runs):
             for kind, measured in milliseconds.items():
                 stopwatch = _Stopwatch(untimed, num_steps)
-                flags = ["--config", config, *rest, "--trainer.default_root_dir", folder]
-                flags += ["--trainer.max_steps", str(num_steps), "--trainer.max_epochs", "-1"]
+                limits = ["--trainer.max_steps", str(num_steps), "--trainer.max_epochs", "-1"]
                 with contextlib.redirect_stdout(io.StringIO()):
-                    command = CLI(flags, prog="bench", description="", logs=kind != "barebones")
+                    command = set_up(
+                        [*flags, "--trainer.default_root_dir", folder, *limits],
+                        prog="bench",
+                        description="",
+                        logs=kind != "barebones",
+                        add_arguments=fit.add_arguments,
+                    )
                     command.datamodule.prepare_data()
                     command.datamodule.setup("fit")
                     trainer = command.trainer
@@ -249,6 +267,7 @@ def _bench_step(config: str, num_runs: int, rest: list[str]) -> dict[str, Any]:
                         command.datamodule.trainer = trainer
                     else:
                         trainer.callbacks.append(stopwatch)  # type: ignore[attr-defined]
+                        command.begin()
                     trainer.fit(command.model, datamodule=command.datamodule)
                 measured.append(1000 * stopwatch.seconds_a_step)
     ratios = [a / b for a, b in zip(milliseconds["as configured"], milliseconds["barebones"], strict=True)]
@@ -261,8 +280,8 @@ def _bench_step(config: str, num_runs: int, rest: list[str]) -> dict[str, Any]:
     }
 
 
-def _bench_loader(config: str, num_runs: int, rest: list[str]) -> dict[str, Any]:
-    command = CLI(["--config", config, *rest], prog="bench", description="", logs=False)
+def _bench_loader(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
+    command = set_up(flags, prog="bench", description="", logs=False, add_arguments=fit.add_arguments)
     data, model = command.datamodule, command.model
     data.prepare_data()
     data.setup("fit")

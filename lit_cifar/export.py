@@ -54,7 +54,7 @@ class Format:
 
 def main(args: list[str]) -> None:
     """Exports, compares, writes; `args` is the command line without the program's name."""
-    options = _parser().parse_args(args)
+    options = _parser().read(args)
     output = Path(options.output)
     if output.suffix not in FORMATS:
         raise UserError(f"--output {output}: choose a name that ends in {', '.join(FORMATS)}")
@@ -67,8 +67,8 @@ def main(args: list[str]) -> None:
         except ImportError:
             raise UserError(f"{output.suffix} needs {package}: pip install 'lit_cifar[export]'") from None
 
-    net, classes = load(options.ckpt_path, options.tta, options.trust == "true")
-    config = read_checkpoint(Path(options.ckpt_path))["lit_cifar"]["config"]
+    net, classes = load(options.ckpt_path, options.tta, options.trust)
+    config = read_checkpoint(Path(options.ckpt_path)).config
     images, name = _test_images(config["data"], options.data_dir, options.dataset)
     settings = {"classes": list(classes), "tta": net.tta, "config": config, "lit_cifar": lit_cifar.__version__}
     with _quiet():

@@ -10,43 +10,38 @@ from datetime import datetime, timezone  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+from jsonargparse import Namespace  # noqa: E402
+
+from lit_cifar import log  # noqa: E402
 from lit_cifar.cli import machine  # noqa: E402
-from lit_cifar.cli.command import CLI  # noqa: E402
-from lit_cifar.cli.parser import Parser, value_of  # noqa: E402
+from lit_cifar.cli.command import CLI, set_up  # noqa: E402
+from lit_cifar.cli.parser import TRUST, Parser  # noqa: E402
 from lit_cifar.errors import UserError  # noqa: E402
-from lit_cifar.model.classifier import check_net  # noqa: E402
+from lit_cifar.model.classifier import checked_config  # noqa: E402
 from lit_cifar.results.report import peak_memory, print_report, write_results  # noqa: E402
-from lit_cifar.run.folder import RESULTS  # noqa: E402
-from lit_cifar.run.read import check_state, find_checkpoint, read_checkpoint  # noqa: E402
-from lit_cifar.run.trust import checkpoint_config  # noqa: E402
+from lit_cifar.run.read import State, check_state, find_checkpoint, read_checkpoint  # noqa: E402
 from lit_cifar.training.progress import RunningLoss  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _started
 
-# Settled in the first process and inherited by those that it starts on its node, which must resume the same run.
-RESUME_VARIABLE = "LIT_CIFAR_RESUME"
+RESUME_VARIABLE = log.CHILD_VARIABLE  # processes that fit starts on its node resume what it resumes, or nothing
 
 
 def main(args: list[str]) -> None:
     """Trains, tests and reports; `args` is the command line without the program's name."""
     started = time.perf_counter() - IMPORT_SECONDS
-    path, checkpoint, base = _resume(args)
-    command = CLI(
+    command = set_up(
         args,
         prog="python -m lit_cifar.fit",
         description="Trains a net on CIFAR-10, then tests it once. Without arguments: PyTorch's CIFAR-10 tutorial.",
-        base=base,
-        resume=(path, checkpoint["global_step"]) if path else None,
-        add_arguments=_add_arguments,
+        start=_resumed,
+        add_arguments=add_arguments,
     )
-    prepare(command, "fit", "test", checkpoint=checkpoint)
-    if path:
-        command.model.recipe = checkpoint["lit_cifar"].get("recipe")  # the run keeps its name
-    del checkpoint
-    finish(command, started, train(command, started, path))
+    prepare(command, "fit", "test")
+    finish(command, started, train(command, started))
 
 
-def prepare(command: CLI, *stages: str, checkpoint: dict[str, Any] | None = None) -> None:
+def prepare(command: CLI, *stages: str) -> None:
     """Gets and reads the data of the stages, 'fit' among them, and checks that they can be trained on, and that a run
     to resume was trained on them.
 
@@ -62,27 +57,32 @@ def prepare(command: CLI, *stages: str, checkpoint: dict[str, Any] | None = None
         for stage in stages:
             data.setup(stage)
     data.train_batches()
-    if checkpoint:
-        command.model.check_fits(checkpoint, data.classes)
+    if command.state:
+        command.model.check_fits(command.state, data.classes)
         command.model.trainer, command.trainer.datamodule = command.trainer, data  # type: ignore[attr-defined]
-        check_state(checkpoint, command.trainer, command.model)
-        _check_position(checkpoint, command.plain_config, len(data.train_batches()))
+        check_state(command.state, command.trainer, command.model)
+        _check_position(command.state, command.plain_config, len(data.train_batches()))
     command.model.set_classes(data.classes)
 
 
-def train(command: CLI, started: float, path: Path | None = None) -> dict[str, float]:
-    """Trains, from the checkpoint at `path` if there is one, and gives the seconds of `results.json` so far.
+def train(command: CLI, started: float) -> dict[str, float]:
+    """Trains, from the command's state if it has one, and gives the seconds of `results.json` so far.
 
     Args:
+        command: set up and prepared; it begins its run here.
         started: when the run began, on time.perf_counter's clock.
 
     Raises:
-        UserError: the loss or a weight is no longer finite (DivergedError), or a checkpoint cannot be written.
+        UserError: the loss or a weight is no longer finite (DivergedError), or a file cannot be written.
     """
     trainer = command.trainer
+    command.begin()
+    path = command.state.path if command.state else None
+    command.state = None  # its tensors are as large as the net's
     gc.freeze()  # what is imported stays: searching it for garbage took 0.2 s before an epoch of 12,500 steps
     fit_started = time.perf_counter()
-    trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
+    with machine.inherited(RESUME_VARIABLE, str(path or "")):
+        trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
     fit_seconds = time.perf_counter() - fit_started
     running_loss = next(callback for callback in trainer.callbacks if isinstance(callback, RunningLoss))  # type: ignore[attr-defined]
     return {
@@ -93,58 +93,54 @@ def train(command: CLI, started: float, path: Path | None = None) -> dict[str, f
 
 
 def finish(command: CLI, started: float, seconds: dict[str, float]) -> None:
-    """Tests once, the best checkpoint where validation chose one, prints the report and writes `results.json`."""
-    trainer, model, data = command.trainer, command.model, command.datamodule
+    """Tests once, writes `results.json` and prints the report.
+
+    The state that is tested is the best where validation chose one, else the last; it is one of the run's files.
+    """
+    trainer, model, data, run = command.trainer, command.model, command.datamodule, command.run
     test_started = time.perf_counter()
-    run = Path(trainer.log_dir or ".")  # asked for on every rank: rank 0 broadcasts it
-    best = run / "checkpoints" / "best.ckpt"
-    select = bool(data.num_val) and best.is_file()
-    if select:
-        read_checkpoint(best)  # of a resumed run, it may be anyone's
-    trainer.test(model, datamodule=data, ckpt_path=best if select else None, weights_only=True, verbose=False)
+    tested = None
+    if run is not None and (checkpoints := command.checkpoints) is not None:
+        tested = "best" if data.num_val and checkpoints.has_best(trainer) else "last"
+        if tested == "last" and checkpoints.has_final(trainer):
+            tested = "final"
+    path = run.checkpoint(tested) if run and tested in ("best", "final") else None  # the last state is in memory
+    trainer.test(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
     if not trainer.is_global_zero:
         return
-    lasting = not trainer.fast_dev_run  # type: ignore[attr-defined]
-    if lasting:  # first: what is printed may fail, on a terminal that is gone or cannot show it
+    if run is not None:  # first: what is printed may fail, on a terminal that is gone or cannot show it
         now = time.perf_counter()
         seconds = {**seconds, "test": now - test_started, "total": now - started}
-        write_results(run / RESULTS, _results(command, seconds, "best" if select else "last"))
+        write_results(run.results, _results(command, tested, seconds))
     print_report(model.reports["test"], model.reports.get("plain"))
-    if lasting:
-        print(f"\nRun: {run}\nDashboards: tensorboard --logdir {run.parent}")
+    if run is not None:
+        print(f"\nRun: {run.folder}\nDashboards: tensorboard --logdir {run.folder.parent}")
 
 
-def _add_arguments(parser: Parser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--resume",
         type=str,
         default=None,
         help="go on with a run: 'auto' for the newest ('if-any': or start one), its folder, or a .ckpt file",
     )
-    parser.add_argument(
-        "--trust", type=bool, default=False, help="true: make classes that a resumed checkpoint names, of any package"
-    )
+    parser.add_argument("--trust", type=bool, default=False, help=TRUST)
 
 
-def _resume(args: list[str]) -> tuple[Path | None, dict[str, Any], dict[str, Any] | None]:
-    resume = os.environ.get(RESUME_VARIABLE) or value_of("resume", args)
-    if not resume:
-        return None, {}, None
-    path = find_checkpoint(resume, Path(value_of("trainer.default_root_dir", args) or "."))
+def _resumed(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
+    """The state that --resume means, and its config."""
+    machine.set_log_level(settings.log_level)
+    resume = os.environ.pop(RESUME_VARIABLE, settings.resume)
+    path = find_checkpoint(resume, Path(settings["trainer.default_root_dir"] or ".")) if resume else None
     if path is None:
-        return None, {}, None
-    os.environ[RESUME_VARIABLE] = str(path)
-    checkpoint = read_checkpoint(path)
-    trust = value_of("trust", args) == "true"
-    config = checkpoint_config(checkpoint, trust)
-    if not trust and "net" in config.get("model", {}):
-        check_net(config["model"]["net"], checkpoint["state_dict"])
-    return path, checkpoint, config
+        return None
+    state = read_checkpoint(path)
+    return state, checked_config(state, settings.trust)
 
 
-def _check_position(checkpoint: dict[str, Any], config: dict[str, Any], num_batches: int) -> None:
+def _check_position(state: State, config: dict[str, Any], num_batches: int) -> None:
     """A position in an epoch means something only in the order and batches that it was counted in."""
-    then = checkpoint["lit_cifar"].get("config") or {}
+    then = state.config
     before = {**then.get("data", {}), "seed": then.get("seed_everything", config["seed_everything"])}
     now = {**config["data"], "seed": config["seed_everything"]}
     for key in ("dataset", "batch_size", "num_val", "drop_last", "seed"):
@@ -153,7 +149,7 @@ def _check_position(checkpoint: dict[str, Any], config: dict[str, Any], num_batc
                 f"--resume: --{key} was {before[key]} and is now {now[key]}; "
                 "a run goes on with what it began with: leave the flag out"
             )
-    (position,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    (position,) = state["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     if position["batch"] > num_batches:
         raise UserError(
             f"--resume: the checkpoint has {position['batch']} batches of an epoch behind it, which has {num_batches} "
@@ -161,23 +157,16 @@ def _check_position(checkpoint: dict[str, Any], config: dict[str, Any], num_batc
         )
 
 
-def _results(command: CLI, seconds: dict[str, float], tested: str) -> dict[str, Any]:
-    data, trainer = command.datamodule, command.trainer
+def _results(command: CLI, tested: str | None, seconds: dict[str, float]) -> dict[str, Any]:
+    data = command.datamodule
     return {
         "recipe": command.model.recipe,
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # of the run's end
-        "dataset": data.dataset,
         "num_train": len(data.train.labels),
         "num_val": data.num_val,
-        **command.model.reports["test"].results(),
-        **({"accuracy_without_tta": plain.accuracy} if (plain := command.model.reports.get("plain")) else {}),
-        "checkpoint": tested,
-        "num_steps": trainer.global_step,
         "batch_size": data.batch_size,
-        "devices": trainer.world_size,
-        "seconds": seconds,
         "peak_memory": peak_memory(),
-        "seed": command.plain_config["seed_everything"],
+        **command.results(tested, command.trainer.global_step, seconds),
     }
 
 

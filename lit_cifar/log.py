@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 Level = Literal["debug", "info", "warning", "error"]
 LEVELS: tuple[str, ...] = get_args(Level)
-RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # torchrun's, srun's, the Trainer's, which also torchrun sets
-LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "SLURM_LOCALID")
+CHILD_VARIABLE = "LIT_CIFAR_RESUME"  # that fit gives the processes which it starts on its node
+_known: tuple[int, int] | None = None  # this process's rank and that on its node, once a Trainer has said them
 
 
 def set_level(level: str) -> None:
@@ -22,18 +22,32 @@ def is_said(level: Level) -> bool:
     return getattr(logging, level.upper()) >= (logging.getLogger("lit_cifar").level or logging.INFO)
 
 
+def set_rank(rank: int, local_rank: int) -> None:
+    """Says which of the processes that train together this one is, and which of those on its node."""
+    global _known
+    _known = rank, local_rank
+
+
 def rank() -> int:
-    """This process's number among those that train together, as whatever started it says; 0 where it is alone."""
-    return _first(RANK_VARIABLES)
+    """This process's number among those that train together; 0 where it is alone.
+
+    Before `set_rank` it is what the launcher says, where there is one: the variables alone prove nothing, since a
+    process that trains alone may have inherited them.
+    """
+    return _known[0] if _known else _launched("RANK", "SLURM_PROCID")
 
 
 def local_rank() -> int:
     """This process's number among those of its node."""
-    return _first(LOCAL_RANK_VARIABLES)
+    return _known[1] if _known else _launched("LOCAL_RANK", "SLURM_LOCALID")
 
 
-def _first(variables: tuple[str, ...]) -> int:
-    return next((int(os.environ[name]) for name in variables if os.environ.get(name, "").isdecimal()), 0)
+def _launched(of_torchrun: str, of_slurm: str) -> int:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ[of_torchrun])
+    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+        return int(os.environ.get(of_slurm, "0"))
+    return int(os.environ.get("LOCAL_RANK", "0")) if CHILD_VARIABLE in os.environ else 0
 
 
 def tell(line: str) -> None:

@@ -44,12 +44,12 @@ class Prediction(NamedTuple):
 
 def main(args: list[str]) -> None:
     """Prints a line for each image; `args` is the command line without the program's name."""
-    options = _parser().parse_intermixed_args(args)
+    options = _parser().read(args)
     for flag in ("top", "batch_size"):
         if getattr(options, flag) < 1:
             raise UserError(f"--{flag} {getattr(options, flag)} must be at least 1")
     device = _device(options.accelerator)
-    net, classes = load(options.ckpt_path, options.tta, options.trust == "true")
+    net, classes = load(options.ckpt_path, options.tta, options.trust)
     net.to(device)
     warnings.filterwarnings("ignore", module="PIL")  # about oddities of files; what matters stands in the image's line
     images = [image for path in options.paths for image in _find(path)]

@@ -24,15 +24,13 @@ from torch.utils.tensorboard.summary import hparams
 
 from lit_cifar import fit
 from lit_cifar.cli import machine
-from lit_cifar.cli.command import CLI
-from lit_cifar.cli.parser import Parser, value_of
+from lit_cifar.cli.command import CLI, set_up
+from lit_cifar.cli.parser import Parser
 from lit_cifar.errors import DivergedError, UserError
 from lit_cifar.files import write_durably
 from lit_cifar.model.module import LitClassifier
-from lit_cifar.run.folder import RESULTS, RUNS, TRIAL
-from lit_cifar.run.logger import RunLogger
-from lit_cifar.run.read import read_checkpoint
-from lit_cifar.run.save import Checkpoints
+from lit_cifar.run.folder import RESULTS, RUNS, TRIAL, Run
+from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.text import columns, nearest, printable
 from lit_cifar.training.dashboard import hyperparameters
 
@@ -83,24 +81,24 @@ class Sweep:
             raise UserError(f"--trials: expected a number from 1, got {options['trials']}")
         self.num_trials: int = options["trials"]
         self.file = Path(options["study"])
-        self.space = read_space(self.file, self.base.parser)  # type: ignore[arg-type]
+        self.space = read_space(self.file, self.base.parser)
         configs = [Path(str(path)).stem for path in self.base.config["config"] if path]
         name = "-".join(dict.fromkeys([*configs, self.file.stem]))
         root = self.base.config["trainer"]["default_root_dir"] or "."
         self.storage = Path(options["storage"] or Path(root) / RUNS / "sweeps" / f"{name}.db")
 
-    def command(self, values: Values, resume: tuple[Path, int] | None = None) -> CLI:
-        """The command of a training with these values."""
+    def command(self, values: Values, state: State | None = None) -> CLI:
+        """The command of a training run with these values, or that of one which goes on from a state."""
         # what earlier trials leave behind in this process, where a run of fit has a process of its own
         torch.set_num_threads(self.num_threads)  # one of small steps takes one thread
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # one that is compiled leaves code for its shapes
         flags = [f"--{key}={_flag_text(value)}" for key, value in values.items()]
-        return CLI(
+        return set_up(
             [*self.args, *flags],
             prog=USAGE,
             description="Searches the settings that SPACE.yaml names, by validation accuracy, and tests the best once.",
-            resume=resume,
+            start=lambda settings: (state, {}) if state else None,
             add_arguments=_add_arguments,
         )
 
@@ -117,19 +115,18 @@ class Sweep:
             raise UserError(
                 "a sweep judges by validation accuracy, and there is no validation: add --data.num_val 5000"
             )
-        if not isinstance(trainer.logger, RunLogger) or not any(
-            isinstance(callback, Checkpoints) and (callback.monitor, callback.mode) == ("val/accuracy", "max")
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-        ):
+        checkpoints = self.base.checkpoints
+        judged = checkpoints is not None and (checkpoints.monitor, checkpoints.mode) == ("val/accuracy", "max")
+        if self.base.run is None or not judged:
             raise UserError(
-                "a sweep needs each run's folder, and its best.ckpt by validation accuracy: leave --trainer.logger, "
+                "a sweep needs each run's folder, and its best.ckpt by validation accuracy: leave "
                 "--trainer.enable_checkpointing, --trainer.fast_dev_run and --checkpoint.monitor as they are"
             )
         for key in self.space:
-            option = self.base.parser.option(key)  # type: ignore[attr-defined]
-            for flag in option.option_strings if option else [f"--{key}"]:
-                if value_of(flag[2:], self.args) is not None:
-                    raise UserError(f"{flag} is given and searched by {self.file}: leave one of them out")
+            option = self.base.parser.option(key)
+            flag = self.base.parser.typed_as(option.option_strings if option else [f"--{key}"])
+            if flag is not None:
+                raise UserError(f"{flag} is given and searched by {self.file}: leave one of them out")
         _import_optuna()
         try:
             corners = [self.command(values) for values in _corners(self.space)]
@@ -253,6 +250,7 @@ class Sweep:
             except (UserError, MisconfigurationException) as error:  # of values that do not go together
                 reason = str(error)
             else:
+                judge.run = command.run
                 command.trainer.callbacks.append(judge)  # type: ignore[attr-defined]
                 try:
                     seconds = fit.train(command, started)
@@ -340,13 +338,15 @@ class Sweep:
         if (run / RESULTS).is_file():
             print(f"\nIt was tested before: {run / RESULTS}")
             return
-        checkpoint = read_checkpoint(last)
-        command = self.command(best.params, resume=(last, checkpoint["global_step"]))
+        state = read_checkpoint(last)
+        command = self.command(best.params, state)
         command.datamodule.use_images_of(self.base.datamodule)
         fit.prepare(command, "test")
-        # the test stands at the training's last step, as it does in a run of fit
-        command.trainer.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])
-        del checkpoint
+        command.begin()
+        # the test stands at the training run's last step, and knows its best, as it does in a run of fit
+        command.trainer.fit_loop.load_state_dict(state["loops"]["fit_loop"])
+        assert command.checkpoints is not None
+        command.checkpoints.load_state_dict(state.chosen)
         fit.finish(command, time.perf_counter() - record["seconds"]["total"], record["seconds"])
 
 
@@ -358,21 +358,23 @@ class _Judge(Callback):
         self.record = record
         self.accuracies: list[float] = []
         self.pruned = False
+        self.run: Run | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(trainer.logger, TensorBoardLogger)
         assert isinstance(pl_module, LitClassifier)
-        run = Path(trainer.log_dir or ".")
-        self.record["run"] = str(run)
+        assert self.run is not None
+        self.record["run"] = str(self.run.folder)
         self.trial.set_user_attr("trial", self.record)  # first: a killed trial's folder is found by it
-        _write_trial(run, self.record)
+        _write_trial(self.run.folder, self.record)
         chosen = hyperparameters(pl_module.config)
         for key, value in self.trial.params.items():
             if key.rsplit(".", 1)[-1] not in chosen:  # most are there by their short name
                 chosen[key] = value
         # TensorBoard finds the value under this tag, where each validation logs it
-        for summary in hparams(chosen, {"val/accuracy": 0.0}):
-            trainer.logger.experiment._get_file_writer().add_summary(summary)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for summary in hparams(chosen, {"val/accuracy": 0.0}):
+                    logger.experiment._get_file_writer().add_summary(summary)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:

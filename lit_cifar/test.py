@@ -4,15 +4,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+
 from lit_cifar.cli import machine
-from lit_cifar.cli.command import CLI
-from lit_cifar.cli.parser import Parser, value_of
+from lit_cifar.cli.command import set_up
+from lit_cifar.cli.parser import TRUST, Parser
 from lit_cifar.errors import UserError
-from lit_cifar.model.classifier import check_net
+from lit_cifar.files import writing
+from lit_cifar.model.classifier import checked_config
 from lit_cifar.results.report import print_report, write_results
-from lit_cifar.run.folder import run_folder
-from lit_cifar.run.read import read_checkpoint
-from lit_cifar.run.trust import checkpoint_config
+from lit_cifar.run.folder import Run
+from lit_cifar.run.read import State, read_checkpoint
 
 # of the checkpoint's config; by its batch size threads and kernels are chosen, as they were for the run's own test
 DATA_KEYS = ("data_dir", "dataset", "batch_size", "eval_batch_size", "mirrors")
@@ -21,44 +23,34 @@ DATA_KEYS = ("data_dir", "dataset", "batch_size", "eval_batch_size", "mirrors")
 def main(args: list[str]) -> None:
     """Tests and reports; `args` is the command line without the program's name."""
     started = time.perf_counter()
-    path = Path(value_of("ckpt_path", args) or "")
-    checkpoint = read_checkpoint(path) if path.name else None
-    command = CLI(
+    command = set_up(
         args,
         prog="python -m lit_cifar.test",
         description="Tests a checkpoint on the data it was trained on, or on --data_dir's, on any number of devices.",
-        base=_base(checkpoint, trust=value_of("trust", args) == "true") if checkpoint else None,
+        start=_tested,
         logs=False,
         add_arguments=_add_arguments,
     )
-    if checkpoint is None:
+    trainer, model, data, state = command.trainer, command.model, command.datamodule, command.state
+    if state is None:
         raise UserError("--ckpt_path FILE is missing: name a checkpoint, such as a run's checkpoints/last.ckpt")
-    trainer, model, data = command.trainer, command.model, command.datamodule
     with machine.on_each_node():
         data.prepare_data()
         data.setup("test")
-    model.check_fits(checkpoint, data.classes)
+    model.check_fits(state, data.classes)
     model.set_classes(data.classes)
 
     test_started = time.perf_counter()
-    trainer.test(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
+    trainer.test(model, datamodule=data, ckpt_path=state.path, weights_only=True, verbose=False)
     if not trainer.is_global_zero:
         return
-    report = model.reports["test"]
-    plain = model.reports.get("plain")
-    results = {
-        "dataset": data.dataset,
-        **report.results(),
-        **({"accuracy_without_tta": plain.accuracy} if plain else {}),
-        "checkpoint": str(path),
-        "num_steps": checkpoint["global_step"],
-        "devices": trainer.world_size,
-        "seconds": {"test": time.perf_counter() - test_started, "total": time.perf_counter() - started},
-        "seed": command.plain_config["seed_everything"],
-    }
-    output = Path(command.options["output"] or (run_folder(path) or Path()) / f"test-{path.stem}.json")
-    write_results(output, results)
-    print_report(report, plain)
+    now = time.perf_counter()
+    seconds = {"test": now - test_started, "total": now - started}
+    run = Run.of(state.path, state.identity)
+    output = Path(command.options["output"] or (run.folder if run else Path()) / f"test-{state.path.stem}.json")
+    with writing(output, "choose another place with --output"):
+        write_results(output, command.results(str(state.path), state.step, seconds))
+    print_report(model.reports["test"], model.reports.get("plain"))
     print(f"\nResults: {output}")
 
 
@@ -67,18 +59,18 @@ def _add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--output", type=str, default=None, help="file for the results (default: test-NAME.json in the run's folder)"
     )
-    parser.add_argument(
-        "--trust", type=bool, default=False, help="true: make classes that the checkpoint names, of any package"
-    )
+    parser.add_argument("--trust", type=bool, default=False, help=TRUST)
 
 
-def _base(checkpoint: dict[str, Any], trust: bool) -> dict[str, Any]:
-    """The checkpoint's net and data; devices and the like are this command's own."""
-    config = checkpoint_config(checkpoint, trust)
-    if not trust and "net" in config.get("model", {}):
-        check_net(config["model"]["net"], checkpoint["state_dict"])
+def _tested(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
+    """The state to test, with its net and data; devices and the like are this command's own."""
+    machine.set_log_level(settings.log_level)
+    if not settings.ckpt_path:
+        return None
+    state = read_checkpoint(Path(settings.ckpt_path))
+    config = checked_config(state, settings.trust)
     data = {key: value for key, value in config.get("data", {}).items() if key in DATA_KEYS}
-    return {"seed_everything": config.get("seed_everything", 0), "model": config.get("model", {}), "data": data}
+    return state, {"seed_everything": config.get("seed_everything", 0), "model": config.get("model", {}), "data": data}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import pickle
-import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -17,11 +16,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_cifar.errors import UserError
-from lit_cifar.run.folder import RUNS, run_folder
+from lit_cifar.run.folder import RUNS, Run
 from lit_cifar.run.logger import RunLogger, scalars_at
 from lit_cifar.run.read import find_checkpoint, read_checkpoint
 from lit_cifar.run.save import Checkpoints, DurableCheckpointIO, get_random_state, set_random_state
@@ -150,7 +148,7 @@ def test_a_resumed_run_continues_the_random_draws(monkeypatch: pytest.MonkeyPatc
     state = get_random_state()
     draws = torch.rand(3)
     callback = Checkpoints()
-    callback.load_state_dict({"best_score": 0.5, "random_states": [state]})
+    callback.load_state_dict({"best_score": 0.5, "random_states": [state]})  # as of version 0.1.0
     callback.on_train_start(trainer(1), None)  # type: ignore[arg-type]
     assert torch.equal(torch.rand(3), draws)
     callback.load_state_dict({"best_score": 0.5, "random_states": [state]})
@@ -163,56 +161,18 @@ def test_a_resumed_run_continues_the_random_draws(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(torch.rand(3), following), "on another number of ranks the draws are left alone"
 
 
-# ---- the run's folder ----
+# ---- events ----
 
 
-def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path: Path) -> None:
-    (tmp_path / RUNS / "version_9").mkdir(parents=True)
-    (tmp_path / RUNS / "version_old").mkdir()
-    loggers = [RunLogger(str(tmp_path)) for _ in range(8)]
-    barrier = threading.Barrier(len(loggers))
-
-    def claim(logger: RunLogger) -> None:
-        barrier.wait()
-        assert logger.version == logger.version
-
-    threads = [threading.Thread(target=claim, args=(logger,)) for logger in loggers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(logger.version for logger in loggers) == list(range(10, 18))
-    assert {Path(logger.log_dir).name for logger in loggers} == {f"version_{version}" for version in range(10, 18)}
-
-
-def test_a_folder_taken_between_looking_and_making_is_left_to_its_owner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = RunLogger(str(tmp_path))
-    assert first.version == 0
-    glob, seen = Path.glob, []
-
-    def stale_once(self: Path, pattern: str) -> Iterator[Path]:
-        seen.append(pattern)
-        return iter(()) if len(seen) == 1 else glob(self, pattern)
-
-    monkeypatch.setattr(Path, "glob", stale_once)
-    assert RunLogger(str(tmp_path)).version == 1
-
-
-def test_a_resumed_run_keeps_its_folder_and_other_ranks_make_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / RUNS / "version_3").mkdir(parents=True)
-    assert RunLogger(str(tmp_path), version=3).version == 3
-    monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
-    assert isinstance(RunLogger(str(tmp_path)).version, int)
-    assert os.listdir(tmp_path / RUNS) == ["version_3"]
+def logger_of(place: Path, resumed_step: int | None = None) -> RunLogger:
+    folder = place / RUNS / "version_0"
+    folder.mkdir(parents=True, exist_ok=True)
+    return RunLogger(Run(folder=folder), resumed_step)
 
 
 def test_metrics_are_logged_as_lightnings_own_logger_does(tmp_path: Path) -> None:
     seen = []
-    for logger in (RunLogger(str(tmp_path / "ours")), TensorBoardLogger(str(tmp_path / "own"))):
+    for logger in (logger_of(tmp_path / "ours"), TensorBoardLogger(str(tmp_path / "own"))):
         for step in (5, 7):
             logger.log_metrics({"train/loss": 1.5 / step, "lr/net": torch.tensor(0.1)}, step=step)
         logger.log_metrics({"curves": {"one": 1.0, "two": 2.0}}, step=9)
@@ -228,10 +188,11 @@ def test_metrics_are_logged_as_lightnings_own_logger_does(tmp_path: Path) -> Non
 
 def test_what_a_run_has_at_a_step_is_what_tensorboard_shows(tmp_path: Path) -> None:
     run = tmp_path / RUNS / "version_0"
-    for purge_step, steps in ((None, (1, 2, 3)), (3, (3, 4)), (5, (5,))):
-        logger = RunLogger(str(tmp_path), version=0, purge_step=purge_step)
+    for resumed_step, steps in ((None, (1, 2, 3)), (2, (3, 4)), (4, (5,))):
+        logger = logger_of(tmp_path, resumed_step)
         for step in steps:
-            logger.log_metrics({"train/loss": 10 * (purge_step or 0) + step, f"train/of_{purge_step}": 0.1}, step=step)
+            metrics = {"train/loss": 10 * (resumed_step or 0) + step, f"train/of_{resumed_step}": 0.1}
+            logger.log_metrics(metrics, step=step)
         logger.finalize("success")
         time.sleep(1.01)  # files are named by the second
     with next(run.glob("events.*")).open("ab") as file:
@@ -241,11 +202,6 @@ def test_what_a_run_has_at_a_step_is_what_tensorboard_shows(tmp_path: Path) -> N
     shown = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
     for step in range(7):
         assert scalars_at(run, step) == {tag: values[step] for tag, values in shown.items() if step in values}
-
-
-def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / RUNS).write_bytes(b"a file in its place")
-    assert str(tmp_path / RUNS) in error_of(lambda: RunLogger(str(tmp_path)).version)
 
 
 OURS = {
@@ -279,20 +235,6 @@ def test_a_run_is_resumed_by_its_folder_or_its_file(runs: Path) -> None:
 @pytest.mark.parametrize("resume", ["auto", "absent.ckpt", "."])
 def test_nothing_to_resume_is_said_with_what_was_asked_for(tmp_path: Path, resume: str) -> None:
     assert error_of(find_checkpoint, resume, tmp_path / "empty").startswith(f"--resume {resume}: no ")
-
-
-def test_a_checkpoints_run_folder_is_known_by_its_names(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint = runs / "version_9" / "checkpoints" / "last.ckpt"
-    monkeypatch.chdir(tmp_path)
-    assert run_folder(checkpoint) == RUNS / "version_9", "short, as it is printed"
-    monkeypatch.chdir(runs)
-    assert run_folder(Path("version_9/checkpoints/last.ckpt")) == Path("version_9")
-    monkeypatch.chdir(runs / "version_10")
-    assert run_folder(checkpoint) == runs / "version_9"
-    for other in ("last.ckpt", "version_9/last.ckpt", "mine/checkpoints/last.ckpt"):
-        assert run_folder(tmp_path / other) is None
 
 
 # ---- reading ----

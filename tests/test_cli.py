@@ -1,10 +1,13 @@
 """The command line: two spellings of a flag, configs that reproduce themselves, errors that people can act on."""
 
+import gc
+import logging
 import os
 import platform
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,8 @@ from PIL import Image
 
 import lit_cifar.fit
 from lit_cifar import errors
-from lit_cifar.cli.command import CLI
+from lit_cifar.cli import machine
+from lit_cifar.cli.command import CLI, set_up
 from lit_cifar.cli.parser import SHORT_FLAGS
 from lit_cifar.data import sources
 from lit_cifar.errors import UserError
@@ -275,7 +279,7 @@ def test_small_steps_run_on_one_thread_without_onednn(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     torch.set_num_threads(2)
-    make_cli(flags)
+    set_up(flags, prog="test", description="", logs=False)
     assert torch.backends.mkldnn.enabled is not small
     assert torch.get_num_threads() == (1 if small else 2)
 
@@ -283,8 +287,24 @@ def test_small_steps_run_on_one_thread_without_onednn(
 def test_a_number_of_threads_that_is_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     torch.set_num_threads(2)
-    make_cli(["--batch_size", "4"])
+    set_up(["--batch_size", "4"], prog="test", description="", logs=False)
     assert torch.get_num_threads() == 2
+
+
+def test_building_a_cli_changes_nothing_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: pytest.fail("memory was set"))
+    torch.set_num_threads(2)
+
+    def process() -> tuple[object, ...]:
+        levels = [logging.getLogger(name).level for name in ("lit_cifar", "lightning.pytorch", "lightning.fabric")]
+        kernels = torch.backends.mkldnn.enabled, torch.get_num_threads()
+        return *kernels, *levels, list(warnings.filters), gc.get_freeze_count(), os.environ.get("LIT_CIFAR_RESUME")
+
+    before = process()
+    for flags in (["--batch_size", "4", "--log_level", "error"], ["--batch_size", "500"]):
+        make_cli(flags)
+        assert process() == before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")

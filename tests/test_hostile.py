@@ -27,7 +27,7 @@ import lit_cifar.test
 from lit_cifar import load
 from lit_cifar.data import sources
 from lit_cifar.errors import UserError
-from lit_cifar.fit import RESUME_VARIABLE
+from lit_cifar.log import CHILD_VARIABLE as RESUME_VARIABLE
 from lit_cifar.run.read import read_checkpoint
 
 MAX_BYTES = 2**30  # of memory, in a process of its own, of which torch takes a third

@@ -9,6 +9,7 @@ from stress.kill import differences, stress
 from test_fit import SHORT
 
 import lit_cifar.fit
+from lit_cifar.run.folder import Run
 from lit_cifar.run.logger import RunLogger
 
 
@@ -50,7 +51,7 @@ def test_the_stress_sees_what_a_resume_could_spoil() -> None:
     (run / "results.json").write_text((run / "results.json").read_text().replace('"num_steps": 60', '"num_steps": 59'))
     assert spoilt() == [f"{run}: num_steps in results.json differs"]
 
-    logger = RunLogger(".", version=1, purge_step=40)  # forgets steps 40 and later
+    logger = RunLogger(Run(folder=Path("lightning_logs/version_1")), resumed_step=39)  # forgets steps 40 and later
     logger.log_metrics({"train/loss": 1.0}, step=40)
     logger.save()
     logger.finalize("success")

@@ -1,32 +1,34 @@
 """The one LightningCLI: from settings to trainer, module and data module. parser.py words what is wrong with settings,
 machine.py knows the machine."""
 
+import contextlib
 import inspect
 import pkgutil
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from lit_cifar import log
 from lit_cifar.cli import machine
-from lit_cifar.cli.parser import OWN_FLAGS, Parser, value_of
+from lit_cifar.cli.parser import ConfigFile, Parser
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError
 from lit_cifar.model.module import LitClassifier
-from lit_cifar.run.folder import run_folder, run_version
+from lit_cifar.run.folder import RUNS, Run
 from lit_cifar.run.logger import RunLogger
-from lit_cifar.run.save import Checkpoints, DurableCheckpointIO
+from lit_cifar.run.read import State
+from lit_cifar.run.save import Checkpoints, DurableCheckpointIO, OpenRun
 from lit_cifar.training import loop
 from lit_cifar.training.dashboard import Dashboard
 from lit_cifar.training.progress import ProgressBar, RunningLoss
@@ -44,16 +46,32 @@ TRAINER_DEFAULTS = {
 DEFAULT_NET, DEFAULT_NUM_CLASSES = "lit_cifar.nets.Net", 10
 
 
+# finds, in settings, a state to start from, and the config that becomes the defaults
+Start = Callable[[Namespace], tuple[State, dict[str, Any]] | None]
+
+
 class CLI(LightningCLI):
-    """Parses a command's arguments and makes its trainer, module and data module.
+    """Reads a command's settings, and makes its run, trainer, module and data module of them.
+
+    Flags and YAML files are read by one parser, so that a setting means the same wherever it stands. Where the settings
+    name a checkpoint to start from, the same parser reads them again, with the checkpoint's config as defaults.
 
     Args:
         args: the command line, without the program's name.
-        base: a config, for example a checkpoint's, that the command line is read on top of.
-        resume: path and step of the checkpoint whose run is continued, in the same folder.
-        logs: whether the command makes or continues a run's folder.
-        add_arguments: adds the command's own arguments to the parser.
+        prog: the command, for --help and messages.
+        description: what it does, for --help.
+        start: finds the state to start from in the settings, and the part of its config that becomes the defaults.
+        logs: whether the command begins or continues a run.
+        add_arguments: adds the command's own flags to the parser; their values are in `options`.
+        build: make the objects too; else `config` and `options` are all there is.
+
+    Raises:
+        UserError: the settings cannot be read, or nothing can be made of them.
     """
+
+    model: LitClassifier
+    datamodule: CIFAR10DataModule
+    parser: Parser
 
     def __init__(
         self,
@@ -61,21 +79,21 @@ class CLI(LightningCLI):
         *,
         prog: str,
         description: str,
-        base: dict[str, Any] | None = None,
-        resume: tuple[Path, int] | None = None,
+        start: Start = lambda settings: None,
         logs: bool = True,
         add_arguments: Callable[[Parser], None] = lambda parser: None,
+        build: bool = True,
     ) -> None:
-        self._args, self._base, self._resume, self._logs = args, base, resume, logs
+        self._args, self._start, self._logs, self._build = args, start, logs, build
         self._command = shlex.join([*prog.split(), *args])
         self._add_arguments_of_command = add_arguments
-        # LightningCLI advises against `args` when sys.argv is not empty; here they are what was typed
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        self.state: State | None = None  # that the command starts from
+        self.run: Run | None = None  # that it writes
+        self._base: dict[str, Any] = {}
         super().__init__(
             LitClassifier,
             CIFAR10DataModule,
-            save_config_callback=SaveConfigCallback if logs else None,
-            save_config_kwargs={"overwrite": True},  # of a resumed run; others have a folder of their own
+            save_config_callback=None,  # OpenRun does
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_kwargs={"prog": prog, "description": description, "dump_header": [], "allow_abbrev": False},
@@ -86,17 +104,26 @@ class CLI(LightningCLI):
             load_from_checkpoint_support=False,  # saves objects that weights_only refuses
         )
 
+    # ---- settings ----
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="file of settings in YAML; later ones win")
+        parser.typed = self._args
+        return parser
+
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, Parser)
-        parser.typed = self._args
         parser.add_argument("--seed_everything", type=int, default=0)
+        before = {action.dest for action in parser._actions}
         parser.add_argument(
             "--log_level",
             type=log.Level,
             default="info",
-            help="what is said besides results and errors: debug, info, warning or error (default: info)",
+            help="what is printed besides results and errors: debug, info, warning or error (default: info)",
         )
         self._add_arguments_of_command(parser)
+        parser.of_command = tuple(action.dest for action in parser._actions if action.dest not in before)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, Parser)
@@ -106,36 +133,83 @@ class CLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_short_flags()
         parser.keep_whole_numbers()
-        if self._base:
-            _set_base(parser, self._base)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Reads the settings, and again where they name a checkpoint; the command's own go to `options`."""
+        assert isinstance(parser, Parser)
         try:
-            super().parse_arguments(parser, args)
+            self.config = self._read(parser, args)
         except UserError:
             raise
-        except UnicodeDecodeError as error:
-            raise UserError(f"--config {value_of('config', self._args)} is no text in UTF-8: {error}") from None
         except RecursionError:
             raise UserError("the settings are nested too deeply: give them without so many brackets") from None
         except (AttributeError, ValueError) as error:  # of jsonargparse: a config within a config, a null byte
             raise UserError(f"the settings cannot be read ({error}); --print_config shows how they look") from error
+        parser.expand_paths(self.config)
+        self.options: dict[str, Any] = {key: self.config.pop(key, None) for key in parser.of_command}
 
-    def before_instantiate_classes(self) -> None:
-        self.options = {key: self.config.pop(key, None) for key in OWN_FLAGS}
-        machine.set_log_level(self.options["log_level"])
+    def _read(self, parser: Parser, args: list[str]) -> Namespace:
+        silent = [arg for arg in args if not arg.startswith("--print_config")]  # it ends the command when it is read
+        problem = None
+        try:
+            settings = parser.parse_args(silent)
+        except UserError as error:
+            problem = error
+            with contextlib.suppress(UserError):
+                settings = parser.settings_without_classes(silent)
+                problem = None
+            if problem:
+                raise
+            problem = error
+        parser.expand_paths(settings)
+        started = self._start(settings)
+        if started is not None:
+            self.state, self._base = started
+            parser.start_from(self._base)
+        elif problem:
+            raise problem
+        elif silent == args:
+            return settings
+        return parser.parse_args(args)
+
+    # ---- what is made of them ----
+
+    def _set_seed(self) -> None:
+        """Nothing yet: `build` seeds, and reading settings changes nothing of the process."""
 
     def instantiate_classes(self) -> None:
+        if self._build:
+            self.build()
+
+    def build(self) -> None:
+        """Makes the run, the data module, the module and the trainer.
+
+        Raises:
+            UserError: the settings do not go together, or not with this machine.
+        """
+        super()._set_seed()
+        self.run = self._find_run()
         data = self._set_num_classes()
-        self.plain_config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        super().instantiate_classes()
+        self.config_text = self.parser.dump(self.config, skip_unset=False)
+        self.plain_config: dict[str, Any] = yaml.safe_load(self.config_text)
+        config, self.config = self.config, self.config.clone()
+        self._loggers = self.config["trainer"].pop("logger")
+        LightningCLI.instantiate_classes(self)
+        self.config = config
         self.datamodule.adopt_prepared(data)
-        machine.suit_cpu(
-            self.datamodule.batch_size * sum(parameter.numel() for parameter in self.model.net.parameters())
-        )
-        self.model.config = self.plain_config
-        self.model.recipe = _recipe(self.config.get("config"))
         self.datamodule.trainer = self.trainer
+        self.model.config = self.plain_config
+        self.model.recipe = (self.state and self.state.recipe) or _recipe(self.config.get("config"))
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (Checkpoints, RunningLoss)):
+                callback.run = self.run
+
+    def _find_run(self) -> Run | None:
+        settings = self.config["trainer"]
+        if not self._logs or settings["fast_dev_run"]:
+            return None
+        run = Run.of(self.state.path, self.state.identity) if self.state else None
+        return run or Run.new(Path(settings["default_root_dir"] or "."))
 
     def _set_num_classes(self) -> CIFAR10DataModule:
         """Gives the net as many outputs as the data has classes, where the config leaves the net's own default.
@@ -145,7 +219,7 @@ class CLI(LightningCLI):
         data = CIFAR10DataModule(self.config["data"]["data_dir"], self.config["data"]["dataset"])
         net = self.config["model"]["net"]
         parameter = _parameter(net["class_path"], "num_classes")
-        if self._base is None and parameter is not None:
+        if not self._base and parameter is not None:
             # a net named in place of the default one inherits the default one's value for what both take
             untouched = (parameter.default, DEFAULT_NUM_CLASSES)
             if net["init_args"]["num_classes"] in untouched:
@@ -162,6 +236,8 @@ class CLI(LightningCLI):
         if not self.config["data"]["num_val"]:
             overrides["limit_val_batches"] = 0
         overrides["callbacks"] = [*_as_list(config["callbacks"]), DeviceShapes(), Dashboard(self._command)]
+        if self.run is not None:
+            overrides["callbacks"].insert(0, OpenRun(self.run, self.config_text))
         if self._has_several_devices(config):
             overrides["callbacks"].append(SlowRank())
         if overrides.get("enable_progress_bar", config["enable_progress_bar"]):
@@ -171,10 +247,7 @@ class CLI(LightningCLI):
         if not any(isinstance(plugin, ClusterEnvironment) for plugin in overrides["plugins"]):
             slurm = machine.slurm_environment()
             overrides["plugins"] += [slurm] if slurm else []
-        if not self._logs:
-            overrides["logger"] = False
-        elif config["logger"] in (None, True):
-            overrides["logger"] = self._run_logger(config["default_root_dir"])
+        overrides["logger"] = False  # until the run has a folder, see begin()
         if config["strategy"] in ("auto", "ddp") and self._has_several_devices(config):
             # Gradients are views of what is exchanged, so that nothing is copied; this project's nets use all their
             # parameters in each step, which lets DDP plan the exchange once
@@ -198,13 +271,86 @@ class CLI(LightningCLI):
             return True
         return devices != "1" and config["accelerator"] in ("auto", "gpu", "cuda") and num_gpus > 1
 
-    def _run_logger(self, save_dir: str | None) -> Logger:
-        if self._resume is not None:
-            path, step = self._resume
-            run = run_folder(path)
-            if run is not None:
-                return RunLogger(str(run.parent.parent), version=run_version(run), purge_step=step + 1)
-        return RunLogger(save_dir or ".")
+    # ---- what commands ask for ----
+
+    @property
+    def checkpoints(self) -> Checkpoints | None:
+        """The callback that saves states; None with --trainer.enable_checkpointing false."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, Checkpoints)), None)
+
+    def begin(self) -> None:
+        """Takes the run's folder and opens the loggers in it: the last thing before the first step.
+
+        Raises:
+            UserError: the folder cannot be made, or a logger cannot.
+        """
+        if self.run is None:
+            return
+        if self.trainer.is_global_zero:
+            self.run.claim()
+        try:
+            self.trainer.loggers = self._make_loggers(self.run)
+        except BaseException:
+            self.run.release()
+            raise
+
+    def _make_loggers(self, run: Run) -> list[Logger]:
+        """TensorBoard in the run's folder, or the loggers that were chosen, which save there if no place was chosen."""
+        if self._loggers in (None, True):
+            return [RunLogger(run, self.state.step if self.state else None)]
+        loggers = []
+        for chosen in _as_list(self._loggers or None):
+            settings = chosen.clone()
+            if _parameter(settings.class_path, "save_dir") and run.is_claimed:
+                place = settings.init_args.get("save_dir")
+                if place is None or Path(place).resolve() == run.root.resolve():
+                    settings.init_args.save_dir = str(run.folder)
+                    if settings.init_args.get("name") == RUNS.name:
+                        settings.init_args.name = settings.class_path.rsplit(".", 1)[-1].removesuffix("Logger").lower()
+            parser = ArgumentParser(exit_on_error=False)
+            parser.add_argument("--logger", type=Logger)
+            loggers.append(parser.instantiate_classes(parser.parse_object({"logger": settings})).logger)
+        return loggers
+
+    def results(self, tested: str | None, num_steps: int, seconds: dict[str, float]) -> dict[str, Any]:
+        """What results.json says of a test.
+
+        Args:
+            tested: the state that was tested.
+            num_steps: optimiser steps that it was trained for.
+            seconds: that it took, by what was done.
+        """
+        plain = self.model.reports.get("plain")
+        return {
+            "dataset": self.datamodule.dataset,
+            **self.model.reports["test"].results(),
+            **({"accuracy_without_tta": plain.accuracy} if plain else {}),
+            "checkpoint": tested,
+            "num_steps": num_steps,
+            "devices": self.trainer.world_size,
+            "seconds": seconds,
+            "seed": self.plain_config["seed_everything"],
+        }
+
+
+def set_up(args: list[str], **settings: Any) -> CLI:
+    """A command's CLI, with the process set up for it: log level, rank, threads, kernels, memory.
+
+    Args:
+        args: the command line, without the program's name.
+        settings: the other arguments of CLI.
+
+    Raises:
+        UserError: as CLI.
+    """
+    command = CLI(args, build=False, **settings)
+    machine.set_log_level(command.options["log_level"])
+    command.build()
+    machine.set_rank(command.trainer)
+    num_parameters = sum(parameter.numel() for parameter in command.model.net.parameters())
+    machine.suit_cpu(command.datamodule.batch_size * num_parameters)
+    return command
 
 
 def _recipe(configs: Sequence[Any] | None) -> str:
@@ -220,26 +366,3 @@ def _parameter(class_path: str, name: str) -> inspect.Parameter | None:
 def _as_list(value: Any) -> list[Any]:
     """What the Trainer takes one or several of, or none."""
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _set_base(parser: Parser, base: dict[str, Any]) -> None:
-    base = {
-        key: value
-        for key, value in base.items()
-        if key in ("seed_everything", "trainer", "model", "data", "checkpoint", "running_loss")
-    }
-    try:
-        parser.set_defaults(_flatten(base, {action.dest for action in parser._actions}))
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"the checkpoint's config does not fit this version: {' '.join(str(error).split())}") from None
-
-
-def _flatten(config: dict[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        dotted = f"{prefix}{key}"
-        if isinstance(value, dict) and dotted not in known:
-            flat.update(_flatten(value, known, f"{dotted}."))
-        else:
-            flat[dotted] = value
-    return flat

@@ -18,7 +18,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_cifar import errors, log
-from lit_cifar.cli.parser import value_of
 from lit_cifar.errors import UserError
 from lit_cifar.run.stop import STOPPED, Stopped
 
@@ -49,7 +48,8 @@ def check_allocation(slurm: SLURMEnvironment, trainer: Trainer) -> None:
     if "SLURM_STEP_ID" in os.environ and num_tasks != num_processes:  # which srun gives to what it starts
         raise UserError(
             f"Slurm started {num_tasks} tasks, one for each device, but --devices {trainer.num_devices} on --num_nodes "
-            f"{trainer.num_nodes} makes {num_processes}: let --ntasks-per-node be --devices, and --nodes --num_nodes"
+            f"{trainer.num_nodes} makes {num_processes}: set --ntasks-per-node to the number of --devices, and --nodes "
+            "to --num_nodes"
         )
     if num_processes > 1:
         try:
@@ -82,7 +82,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def on_each_node() -> Iterator[None]:
-    """Around what reads files that each node may have of its own: what is wrong with them is told by each node."""
+    """Around what reads files that each node may have of its own: each node says what is wrong with them."""
     try:
         yield
     except UserError as error:
@@ -105,31 +105,51 @@ def set_log_level(level: str) -> None:
     warnings.filterwarnings("ignore", message="The `srun` command is available")
     warnings.filterwarnings("ignore", message="The number of training batches")  # RunningLoss logs short epochs too
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
-    # Lightning 2.6.6 asks torch 2.15 in a way that is to go (utilities/_pytree.py:21); users cannot mend it
+    # Lightning 2.6.6 asks torch 2.15 in a way that is to go (utilities/_pytree.py:21); users cannot fix it
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
 
 
-def run(command: Callable[[list[str]], None]) -> NoReturn:
-    """As `errors.run`; what Lightning refuses is the user's to mend too.
+def set_rank(trainer: Trainer) -> None:
+    """Lets the Trainer's strategy say which rank this process is. Lightning itself asks variables such as RANK, which
+    a process that trains alone may have inherited from a pod or a Slurm task."""
+    log.set_rank(trainer.global_rank, trainer.local_rank)
+    rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
 
-    Only the first process tells it, and of what may be wrong on one node alone the first of each node. A training that
-    a signal stopped ends with code STOPPED.
+
+@contextlib.contextmanager
+def inherited(variable: str, value: str) -> Iterator[None]:
+    """Within it, processes that this one starts find a variable in their environment."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = before
+
+
+def run(command: Callable[[list[str]], None]) -> NoReturn:
+    """As `errors.run`; what Lightning refuses is the user's to fix too.
+
+    Only the first process says so, and where it may be wrong on one node alone, the first process of each node. A
+    training run that a signal stopped ends with code STOPPED.
     """
 
     def on_this_rank(args: list[str]) -> None:
-        level = value_of("log_level", args)  # before anything is said; a config may set it too
-        set_log_level(level if level in log.LEVELS else "info")
+        set_log_level("info")  # until the settings are read
         try:
             command(args)
         except (UserError, MisconfigurationException) as error:
-            rank = rank_zero_only.rank  # type: ignore[attr-defined]
+            rank = log.rank()
             if rank == 0:
                 raise UserError(str(error)) from error
             if getattr(error, "of_node", False) and log.local_rank() == 0:
                 raise UserError(f"rank {rank} on {socket.gethostname()}: {error}") from error
             sys.exit(2)
         except Stopped as stopped:
-            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            if log.rank() == 0:
                 sys.stdout.flush()
                 print(f"lit_cifar: {stopped}", file=sys.stderr, flush=True)
             sys.exit(STOPPED)

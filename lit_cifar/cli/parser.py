@@ -2,14 +2,19 @@
 parsed."""
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
 
+from jsonargparse import Namespace
+from jsonargparse._actions import ActionConfigFile
+from jsonargparse._typehints import ActionTypeHint
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_cifar.errors import UserError
+from lit_cifar.files import local_path
 from lit_cifar.model.module import TTA
 from lit_cifar.text import nearest
 
@@ -32,22 +37,16 @@ SHORT_FLAGS = {
     "seed": ("seed_everything", "seed of everything random"),
 }
 
-OWN_FLAGS = (
-    "resume",
-    "ckpt_path",
-    "output",
-    "trust",
-    "study",
-    "trials",
-    "storage",
-    "log_level",
-)  # what to do this once; no part of the config
+SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "running_loss")  # of a config
+PATHS = {"data_dir", "default_root_dir", "resume", "ckpt_path", "output", "study", "storage"}  # settings that are paths
+TRUST = "true: make classes that the checkpoint names, of any package"
 
 
 class Parser(LightningArgumentParser):
     """LightningCLI's parser with short flags beside the dotted ones, and errors as UserError."""
 
     typed: Sequence[str] = ()  # the command line, for messages
+    of_command: tuple[str, ...] = ()  # flags that say what to do this once, and are no part of the config
 
     def add_short_flags(self) -> None:
         """Gives an option its second spelling, so that both parse, and configs keep the dotted one.
@@ -86,7 +85,7 @@ class Parser(LightningArgumentParser):
             "",
             "Flags people use most:",
         ]
-        own = [action for action in self._actions if action.dest in ("config", *OWN_FLAGS)]
+        own = [action for action in self._actions if action.dest in ("config", *self.of_command)]
         rows = [(f"--{action.dest}", str(action.help), "") for action in own]
         for short, (dotted, text) in SHORT_FLAGS.items():
             default = self.get_defaults().get(dotted)
@@ -111,7 +110,7 @@ class Parser(LightningArgumentParser):
             near = nearest(key, [flag[2:] for flag in flags])
             return f"unknown key {key!r} in the config{near}; --print_config lists the keys"
         if message.startswith("Problems parsing config"):
-            return f"--config {value_of('config', self.typed)} is no valid YAML: {message.split(': ', 1)[-1]}"
+            return f"no valid YAML: {message.split(': ', 1)[-1]}"
         message = re.sub(r'[Pp]arser key "([^"]+)":', lambda key: f"{self._as_typed(key[1])}:", message)
         if found := re.search(r"^(.*?): Expected a (.*)\. Got value: (.*)$", message):
             where, expected, given = found.groups()
@@ -122,9 +121,76 @@ class Parser(LightningArgumentParser):
         return message
 
     def _as_typed(self, dotted: str) -> str:
-        """The spelling of an option in this command line, or else its first."""
+        """The spelling of an option in this command line, or else its last."""
         spellings = next((action.option_strings for action in self._actions if action.dest == dotted), [f"--{dotted}"])
-        return next((flag for flag in spellings if value_of(flag[2:], self.typed) is not None), spellings[-1])
+        return self.typed_as(spellings) or spellings[-1]
+
+    def typed_as(self, spellings: Sequence[str]) -> str | None:
+        """Which of an option's spellings stands in this command line."""
+        typed = {word.split("=", 1)[0] for word in self.typed}
+        return next((flag for flag in spellings if flag in typed), None)
+
+    def settings_without_classes(self, args: list[str]) -> Namespace:
+        """What is set, but for the classes of nets, callbacks and the like, and what is set of these: any text passes.
+
+        It tells which checkpoint to start from. A flag such as --model.net.widths may be one of the net that this
+        checkpoint names, and is checked when that is known.
+        """
+        actions: list[Any] = [
+            action
+            for action in self._actions
+            if ActionTypeHint.is_subclass_typehint(action, all_subtypes=False, also_lists=True)
+        ]
+        kept = [action._typehint for action in actions]
+        try:
+            for action in actions:
+                action._typehint = Any
+            return self.parse_args(args)
+        finally:
+            for action, typehint in zip(actions, kept, strict=True):
+                action._typehint = typehint
+
+    def expand_paths(self, config: Namespace) -> None:
+        """Expands ~ wherever a setting begins with it, in flags and YAML alike.
+
+        Raises:
+            UserError: a path of ours is a URL.
+        """
+        for key, value in list(config.items()):
+            name = key.rsplit(".", 1)[-1]
+            if name in PATHS and isinstance(value, str):
+                option = self.option(name)  # the short spelling, if there is one
+                config[key] = str(local_path(value, f"--{name if option else key}"))
+            else:
+                config[key] = _expanded(value)
+
+    def start_from(self, config: dict[str, Any]) -> None:
+        """Makes a checkpoint's config the defaults.
+
+        Raises:
+            UserError: it is not one of this version.
+        """
+        config = {key: value for key, value in config.items() if key in SECTIONS}
+        try:
+            self.set_defaults(_flatten(config, {action.dest for action in self._actions}))
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"the checkpoint's config does not fit this version: {' '.join(str(error).split())}"
+            ) from None
+
+
+class ConfigFile(ActionConfigFile):
+    """--config, whose file is named where it cannot be read."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except UserError as error:
+            if "no valid YAML" in str(error):
+                raise UserError(f"--config {values} is {error}") from None
+            raise
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {values} is no text in UTF-8: {error}") from None
 
 
 class NetParser(argparse.ArgumentParser):
@@ -134,12 +200,15 @@ class NetParser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         self.add_argument("--ckpt_path", metavar="FILE", required=True, help="the checkpoint with the net")
         self.add_argument("--tta", choices=get_args(TTA), help="test-time augmentation in place of the run's")
-        self.add_argument(
-            "--trust",
-            choices=("true", "false"),
-            default="false",
-            help="true: make classes that the checkpoint names, of any package",
-        )
+        self.add_argument("--trust", type=truth, default=False, metavar="BOOL", help=TRUST)
+
+    def read(self, args: list[str]) -> argparse.Namespace:
+        """The options, with their paths expanded."""
+        options = self.parse_intermixed_args(args)
+        for name in PATHS & vars(options).keys():
+            if getattr(options, name) is not None:
+                setattr(options, name, str(local_path(getattr(options, name), f"--{name}")))
+        return options
 
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"unrecognized arguments: (-\S+)", message):
@@ -154,11 +223,31 @@ def _plain(types: str) -> str:
     return types.replace("'", "").replace("NoneType", "null")
 
 
-def value_of(flag: str, args: Sequence[str]) -> str | None:
-    """The value of `--flag value` or `--flag=value`, read before the parser exists; None when it is not given."""
-    for position, arg in enumerate(args):
-        if arg == f"--{flag}":
-            return args[position + 1] if position + 1 < len(args) else None
-        if arg.startswith(f"--{flag}="):
-            return arg.split("=", 1)[1]
-    return None
+def _expanded(value: Any) -> Any:
+    """A value with ~ expanded in each text that begins with it: no setting but a path does."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
+    if isinstance(value, list):
+        return [_expanded(inner) for inner in value]
+    if isinstance(value, Namespace):
+        return Namespace(**{key: _expanded(inner) for key, inner in vars(value).items()})
+    return {key: _expanded(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def truth(text: str) -> bool:
+    """true or false, however it is written; as YAML takes it."""
+    value = {"true": True, "false": False}.get(text.lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text}")
+    return value
+
+
+def _flatten(config: dict[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and dotted not in known:
+            flat.update(_flatten(value, known, f"{dotted}."))
+        else:
+            flat[dotted] = value
+    return flat

@@ -1,7 +1,6 @@
 """`load`: a trained net out of a checkpoint, for use without the Trainer. Training is not here, and no command."""
 
 import os
-from pathlib import Path
 from typing import Any, get_args
 
 import jsonargparse
@@ -9,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_cifar.errors import UserError
+from lit_cifar.files import local_path
 from lit_cifar.model.module import TTA, Classifier, check_weights
-from lit_cifar.run.read import read_checkpoint
+from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.trust import check_trusted
 
 
@@ -42,13 +42,13 @@ def load(path: str | os.PathLike[str], tta: TTA | None = None, trust: bool = Fal
     """
     if tta not in (None, *get_args(TTA)):
         raise UserError(f"there is no test-time augmentation {tta!r}; choose one of {', '.join(get_args(TTA))}")
-    checkpoint = read_checkpoint(Path(path))
-    settings = (checkpoint["lit_cifar"].get("config") or {}).get("model")
+    state = read_checkpoint(local_path(path, "the checkpoint"))
+    settings = state.config.get("model")
     if not settings or "net" not in settings:
         raise UserError(f"{path} does not say which net it holds: no command of lit_cifar wrote it")
     if not trust:
         check_trusted(settings["net"])
-    weights = checkpoint["state_dict"]
+    weights = state.weights
     tta = tta or settings.get("tta", "none")
     if tta not in get_args(TTA):
         raise UserError(f"{path} has an unknown test-time augmentation, {tta!r}; choose one")
@@ -56,7 +56,7 @@ def load(path: str | os.PathLike[str], tta: TTA | None = None, trust: bool = Fal
         check_net(settings["net"], weights)
     classifier = _make_classifier(settings["net"], tta, weights)
     classifier.load_state_dict(weights)
-    return classifier.eval(), Classes(checkpoint["lit_cifar"]["classes"])
+    return classifier.eval(), Classes(state.classes)
 
 
 def check_net(settings: Any, weights: dict[str, Tensor]) -> None:
@@ -69,6 +69,20 @@ def check_net(settings: Any, weights: dict[str, Tensor]) -> None:
     """
     with torch.device("meta"):
         _make_classifier(settings, "none", weights)
+
+
+def checked_config(state: State, trust: bool) -> dict[str, Any]:
+    """The config that a state travels with, empty in one that no command wrote, once it is seen to be harmless.
+
+    Raises:
+        UserError: it names classes of packages that are not trusted, or the weights are not those of its net.
+    """
+    config = state.config
+    if not trust:
+        check_trusted(config)
+        if "net" in config.get("model", {}):
+            check_net(config["model"]["net"], state.weights)
+    return config
 
 
 def _make_classifier(settings: Any, tta: TTA, weights: dict[str, Tensor]) -> Classifier:

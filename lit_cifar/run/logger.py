@@ -1,4 +1,4 @@
-"""TensorBoard events of a run, in its folder. What is logged is up to the callers."""
+"""TensorBoard events of a run, in its folder. What is logged is up to the callers, and dashboard.py fills the pages."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,40 +8,39 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from lit_cifar.errors import UserError
-from lit_cifar.run.folder import RUNS, run_version
+from lit_cifar.run.folder import Run
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard in `lightning_logs/version_N`, a folder that no other run gets, or that of the run to resume.
+    """TensorBoard's events in the folder of a run.
 
     Args:
-        save_dir: where the folder `lightning_logs` is.
-        version: N of the run to resume; None takes the next free one when it is first asked for.
-        purge_step: TensorBoard forgets what the resumed run wrote at this step and later.
+        run: the run, which has a folder as soon as the first event is written.
+        resumed_step: the step that a resumed run goes on from; TensorBoard forgets what was written for later ones.
     """
 
-    def __init__(self, save_dir: str, version: int | None = None, purge_step: int | None = None) -> None:
-        super().__init__(save_dir, name=RUNS.name, version=version, default_hp_metric=False, purge_step=purge_step)
-        self._claimed = version
-        self._resumed_step = None if purge_step is None else purge_step - 1
+    def __init__(self, run: Run, resumed_step: int | None = None) -> None:
+        purge_step = None if resumed_step is None else resumed_step + 1
+        super().__init__("", name="", default_hp_metric=False, purge_step=purge_step)
+        self._run = run
+        self._resumed_step = resumed_step
 
     @property
-    def version(self) -> int:
-        """N; taken by making the folder, so that two runs that start at once get different ones."""
-        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-            return 0  # the other ranks are told rank 0's folder, and write nothing
-        while self._claimed is None:
-            runs = Path(self.save_dir) / RUNS
-            version = max((run_version(run) for run in runs.glob("version_*")), default=-1) + 1
-            try:
-                (runs / f"version_{version}").mkdir(parents=True)
-                self._claimed = version
-            except FileExistsError:
-                continue
-            except OSError as error:
-                raise UserError(f"cannot make a run's folder in {runs} ({error.strerror}): make it writable") from None
-        return self._claimed
+    def log_dir(self) -> str:
+        return str(self._run.folder)
+
+    @property
+    def root_dir(self) -> str:
+        return self.save_dir
+
+    @property
+    def save_dir(self) -> str:
+        """With `name`, which is empty, and `version` this is the run's folder, where Lightning puts them together."""
+        return str(self._run.folder.parent)
+
+    @property
+    def version(self) -> str:
+        return self._run.folder.name
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -52,7 +51,7 @@ class RunLogger(TensorBoardLogger):
         values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
         if step is not None and step == self._resumed_step:
             # nothing is left to train: a test that was killed after it had logged, or that is repeated
-            written = scalars_at(Path(self.log_dir), step)
+            written = scalars_at(self._run.folder, step)
             values = [value for value in values if written.get(value.tag) != value.simple_value]
         if values:
             self.experiment._get_file_writer().add_summary(Summary(value=values), step)

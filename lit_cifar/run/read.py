@@ -7,16 +7,15 @@ import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from packaging.version import Version
 
 from lit_cifar import log
 from lit_cifar.errors import UserError
-from lit_cifar.run.folder import RUNS, run_version
+from lit_cifar.run.folder import CHECKPOINTS, RUNS, run_version
 from lit_cifar.run.trust import is_plain
 
 MAX_PICKLE_BYTES = 2**22  # of a checkpoint, without its tensors; a small run's is 10 to 100 kB
@@ -26,6 +25,46 @@ POSITION = {"epoch": 0, "batch": 0}  # states are compared with these: in the da
 RUNNING_LOSS = {"logged": [0.0, 0], "printed": [0.0, 0]}  # sums and counts,
 
 GPU_RANDOM_STATE = torch.zeros(16, dtype=torch.uint8)  # and torch.cuda's
+
+
+class State(dict[str, Any]):
+    """The content of a checkpoint: what Lightning saves, and by name what lit_cifar adds to it."""
+
+    def __init__(self, content: dict[str, Any], path: Path) -> None:
+        super().__init__(content)
+        self.path = path
+
+    @property
+    def step(self) -> int:
+        """How many optimiser steps the run had taken."""
+        return int(self["global_step"])
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return cast(dict[str, torch.Tensor], self["state_dict"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's settings; empty in a checkpoint that no command wrote."""
+        return self["lit_cifar"].get("config") or {}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self["lit_cifar"].get("classes", ()))
+
+    @property
+    def recipe(self) -> str | None:
+        return cast(str | None, self["lit_cifar"].get("recipe"))
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What save.py's Checkpoints knew: the run's identity, and which state was the best."""
+        return cast(dict[str, Any], self.get("callbacks", {}).get("Checkpoints", {}))
+
+    @property
+    def identity(self) -> str | None:
+        """The run that the state belongs to; None for one of version 0.1.0."""
+        return self.chosen.get("run")
 
 
 def find_checkpoint(resume: str, save_dir: Path) -> Path | None:
@@ -57,7 +96,7 @@ def find_checkpoint(resume: str, save_dir: Path) -> Path | None:
 
 def states_of(run: Path) -> list[Path]:
     """The files of a run's newest states, the newest first."""
-    found = [run / "checkpoints" / "last.ckpt", *(run / "checkpoints").glob("last-*.ckpt")]
+    found = [run / CHECKPOINTS / "last.ckpt", *(run / CHECKPOINTS).glob("last-*.ckpt")]
     ages = {path: int(age[1]) if (age := re.search(r"-(\d+)$", path.stem)) else 0 for path in found}
     return sorted((path for path in found if path.is_file()), key=ages.__getitem__)
 
@@ -67,14 +106,14 @@ def _newest_whole(run: Path, resume: str) -> Path:
         try:
             read_checkpoint(path)
         except UserError as error:
-            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            if log.rank() == 0:
                 log.warn(f"{error}: passed over")
         else:
             return path
     raise UserError(f"--resume {resume}: {run} has no checkpoint that is whole; start anew without --resume")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> State:
     """Reads a checkpoint of ours, without running code that may be in the file (weights_only).
 
     Its checksums are right, it takes no more memory than its size, and what `on_save_checkpoint` of the module put into
@@ -96,7 +135,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from None
     if not _is_ours(checkpoint):
         raise UserError(f"{path} is not a checkpoint of lit_cifar; name one from lightning_logs/*/checkpoints")
-    return checkpoint
+    return State(checkpoint, path)
 
 
 def _check_records(path: Path) -> None:
@@ -133,7 +172,11 @@ def _is_ours(checkpoint: Any) -> bool:
     if not isinstance(checkpoint, dict) or not {"state_dict", "lit_cifar"} <= checkpoint.keys():
         return False
     weights, ours = checkpoint["state_dict"], checkpoint["lit_cifar"]
-    if not (isinstance(weights, dict) and isinstance(ours, dict) and unlike(checkpoint.get("global_step"), 0) is None):
+    if not (
+        isinstance(weights, dict)
+        and isinstance(ours, dict)
+        and first_mismatch(checkpoint.get("global_step"), 0) is None
+    ):
         return False
     if not all(isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in weights.items()):
         return False
@@ -147,7 +190,7 @@ def _is_ours(checkpoint: Any) -> bool:
         and is_plain(checkpoint, (torch.Tensor, tuple))
         and _is_version(checkpoint.get("pytorch-lightning_version"))
         and _are_states_of_callbacks(checkpoint.get("callbacks", {}))
-        and unlike(checkpoint.get("running_loss", RUNNING_LOSS), RUNNING_LOSS) is None
+        and first_mismatch(checkpoint.get("running_loss", RUNNING_LOSS), RUNNING_LOSS) is None
     )
 
 
@@ -165,9 +208,11 @@ def _are_states_of_callbacks(states: Any) -> bool:
     ours = states.get("Checkpoints")
     if ours is None:
         return True
-    best_score, random_states = ours.get("best_score"), ours.get("random_states")
+    best_score, best_step, random_states = (ours.get(key) for key in ("best_score", "best_step", "random_states"))
     return (
         isinstance(best_score, (float, type(None)))
+        and (best_step is None or first_mismatch(best_step, 0) is None)
+        and isinstance(ours.get("run"), (str, type(None)))
         and isinstance(random_states, list)
         and all(_is_random_state(state) for state in random_states)
     )
@@ -183,7 +228,7 @@ def _is_random_state(state: Any) -> bool:
         return False
     gpu = state.get("cuda", GPU_RANDOM_STATE)
     # CUDA's is a seed and an offset of 8 bytes each, and the offset a multiple of 4
-    return unlike(gpu, GPU_RANDOM_STATE) is None and gpu.dtype == torch.uint8 and int(gpu[8]) % 4 == 0
+    return first_mismatch(gpu, GPU_RANDOM_STATE) is None and gpu.dtype == torch.uint8 and int(gpu[8]) % 4 == 0
 
 
 def check_state(checkpoint: dict[str, Any], trainer: Trainer, module: LightningModule) -> None:
@@ -210,21 +255,21 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer, module: LightningM
         fit_loop, (state,) = checkpoint["loops"]["fit_loop"], checkpoint["optimizer_states"]
         groups, schedulers = state["param_groups"], checkpoint["lr_schedulers"]
         wrong = (
-            unlike(
+            first_mismatch(
                 fit_loop,
                 {**_common(trainer.fit_loop.state_dict(), fit_loop), "state_dict": {"combined_loader": [POSITION]}},
                 "loops.fit_loop",
             )
-            or unlike(state["state"], _common(buffers, state["state"]), "optimizer_states.state")
-            or unlike(groups, [_common(*pair) for pair in zip(own_groups, groups, strict=True)], "param_groups")
-            or unlike(schedulers, [scheduler.state_dict()] * len(schedulers), "lr_schedulers")
+            or first_mismatch(state["state"], _common(buffers, state["state"]), "optimizer_states.state")
+            or first_mismatch(groups, [_common(*pair) for pair in zip(own_groups, groups, strict=True)], "param_groups")
+            or first_mismatch(schedulers, [scheduler.state_dict()] * len(schedulers), "lr_schedulers")
         )
         for own, group in zip(own_groups, groups, strict=True):
             for key in {"dampening", "maximize", "differentiable", "foreach"} & own.keys() & group.keys():
                 wrong = wrong or (None if group[key] == own[key] else f"param_groups.{key}")  # no settings of ours
         for name in (type(trainer.precision_plugin).__qualname__, "native_amp_scaling_state"):
             if scaler and name in checkpoint:
-                wrong = wrong or unlike(checkpoint[name], scaler, name)
+                wrong = wrong or first_mismatch(checkpoint[name], scaler, name)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         wrong = f"its structure ({type(error).__name__})"
     if wrong:
@@ -239,24 +284,24 @@ def _common(own: dict[Any, Any], found: dict[Any, Any]) -> dict[Any, Any]:
     return {key: value for key, value in own.items() if key in found}
 
 
-def unlike(value: Any, own: Any, where: str = "") -> str | None:
-    """The first place in a value whose keys, length, shape or type are not those of our own one; None: nowhere."""
+def first_mismatch(found: Any, expected: Any, where: str = "") -> str | None:
+    """The first place in what was found whose keys, length, shape or type are not those expected; None: nowhere."""
     pairs: list[tuple[Any, Any, str]] = []
-    if isinstance(own, dict):
-        fits = isinstance(value, dict) and value.keys() == own.keys()
-        pairs = [(value[key], own[key], f"{where}.{key}") for key in own] if fits else []
-    elif isinstance(own, list):
-        fits = isinstance(value, list) and len(value) == len(own)
-        pairs = [(*pair, where) for pair in zip(value, own, strict=True)] if fits else []
-    elif isinstance(own, torch.Tensor):
-        fits = isinstance(value, torch.Tensor) and value.shape == own.shape
-        fits = fits and value.is_floating_point() == own.is_floating_point()
-    elif type(own) is int:  # a count
-        fits = type(value) is int and 0 <= value < 2**63
-    elif type(own) is float:
-        fits = type(value) in (int, float)
+    if isinstance(expected, dict):
+        fits = isinstance(found, dict) and found.keys() == expected.keys()
+        pairs = [(found[key], expected[key], f"{where}.{key}") for key in expected] if fits else []
+    elif isinstance(expected, list):
+        fits = isinstance(found, list) and len(found) == len(expected)
+        pairs = [(*pair, where) for pair in zip(found, expected, strict=True)] if fits else []
+    elif isinstance(expected, torch.Tensor):
+        fits = isinstance(found, torch.Tensor) and found.shape == expected.shape
+        fits = fits and found.is_floating_point() == expected.is_floating_point()
+    elif type(expected) is int:  # a count
+        fits = type(found) is int and 0 <= found < 2**63
+    elif type(expected) is float:
+        fits = type(found) in (int, float)
     else:
-        fits = type(value) is type(own)
+        fits = type(found) is type(expected)
     if not fits:
         return where or "it"
-    return next(filter(None, (unlike(*pair) for pair in pairs)), None)
+    return next(filter(None, (first_mismatch(*pair) for pair in pairs)), None)

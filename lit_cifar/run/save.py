@@ -13,10 +13,13 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 
+from lit_cifar import log
 from lit_cifar.errors import DivergedError, UserError
-from lit_cifar.files import replaced
+from lit_cifar.files import replaced, write_durably, writing
+from lit_cifar.run.folder import Run
+from lit_cifar.run.read import read_checkpoint
 from lit_cifar.run.stop import STOP_SIGNALS, Agreement, Stopped
 
 
@@ -33,14 +36,36 @@ class DurableCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
             lines = str(error).splitlines()  # below a RuntimeError's first line stands where in torch it came from
             reason = getattr(error, "strerror", None) or (lines[0] if lines else type(error).__name__)
+            kept = f"; the one before is whole: go on with --resume {path}" if Path(path).is_file() else ""
             raise UserError(
-                f"checkpoint {path} could not be written ({reason}); the one before is whole: free space or mend the "
-                f"folder, then go on with --resume {path}"
+                f"checkpoint {path} could not be written ({reason}): free space or fix the folder{kept}"
             ) from error
 
 
+class OpenRun(Callback):
+    """Tells each rank the run's folder, and Lightning too, whose own callbacks write there then; writes config.yaml.
+
+    Args:
+        run: whose folder rank 0 has claimed.
+        config: the settings, as YAML.
+    """
+
+    def __init__(self, run: Run, config: str) -> None:
+        self.run = run
+        self.config = config
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = str(self.run.folder) if trainer.is_global_zero else ""
+        self.run.adopt(*trainer.strategy.broadcast((folder, self.run.identity)))
+        trainer._default_root_dir = str(self.run.folder)  # type: ignore[attr-defined]
+        if trainer.is_global_zero and stage == "fit":
+            with writing(self.run.config, "choose another place with --trainer.default_root_dir"):
+                write_durably(self.run.config, self.config.encode())
+
+
 class Checkpoints(Checkpoint):
-    """Keeps `last.ckpt`, the newest state, and `best.ckpt`, the best in validation, in the run's `checkpoints/`.
+    """Keeps states in the run's `checkpoints/`: `last.ckpt`, the newest, and `best.ckpt`, the best in validation; also
+    `final.ckpt`, where another callback changes the weights after the last step, as weight averaging does.
 
     At SIGTERM or SIGUSR1, whichever rank gets it, all ranks save after the same step and stop.
 
@@ -75,9 +100,12 @@ class Checkpoints(Checkpoint):
         self._signal: int | None = None  # the newest that came, set by the handler and by nothing else
         self._agreement = Agreement()
         self._saved_at = 0.0  # on time.monotonic's clock
-        self.best_score: float | None = None
+        self.run: Run | None = None  # set by the command; without one nothing is saved
+        self.best_score: float | None = None  # of best.ckpt, in the line of states that this run goes on from
+        self.best_step: int | None = None
         self._seen_step = 0  # with accumulated gradients, only the first batch end at a step is a step's end
         self._random_states: list[dict[str, Any]] = []
+        self._saved_weights: list[tuple[int, int]] | None = None  # by _versions, of last.ckpt
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number
@@ -94,10 +122,12 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_signals()
-        run = Path(trainer.log_dir or ".")  # asked for on every rank: rank 0 broadcasts it
-        if trainer.is_global_zero:
-            for unfinished in (run / "checkpoints").glob(".*.part"):  # of a run killed in a save
-                unfinished.unlink()
+        if self.run is not None:
+            if trainer.is_global_zero:
+                for unfinished in self.run.checkpoint("last").parent.glob(".*.part"):  # of a run killed in a save
+                    unfinished.unlink()
+            if self.best_score is not None and not self.has_best(trainer):
+                self.best_score = self.best_step = None
         self._agreement = Agreement()
         self._saved_at = time.monotonic()
         self._seen_step = trainer.global_step
@@ -118,14 +148,14 @@ class Checkpoints(Checkpoint):
         interrupted, due = self._agree()
         stops = trainer.should_stop or step == trainer.max_steps
         if stops or due or interrupted or step % self.every_n_train_steps == 0:
-            self._save(trainer, "last.ckpt")
+            self._save(trainer, "last")
         if interrupted:
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_last_batch:
             return
-        self._save(trainer, "last.ckpt")
+        self._save(trainer, "last")
         if self._agree(wait=True)[0]:
             self._stop(trainer)
 
@@ -137,8 +167,16 @@ class Checkpoints(Checkpoint):
 
     def _stop(self, trainer: Trainer) -> None:
         name = signal.Signals(self._signal).name if self._signal else "a signal to another rank"
-        kept = Path(trainer.log_dir or ".") / "checkpoints" / "last.ckpt"
-        raise Stopped(f"stopped by {name} after step {trainer.global_step}; go on with --resume {kept}")
+        way_on = f"; go on with --resume {self.run.checkpoint('last')}" if self.run else ""
+        raise Stopped(f"stopped by {name} after step {trainer.global_step}{way_on}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning calls checkpoint callbacks last: what others change at the end is changed by now
+        if self.run is None or self._saved_weights is None:
+            return
+        changed = _versions(pl_module) != self._saved_weights
+        if trainer.strategy.broadcast(changed and not _holds(self.run.checkpoint("last"), pl_module)):
+            self._save(trainer, "final")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -149,16 +187,51 @@ class Checkpoints(Checkpoint):
         score = float(trainer.callback_metrics[self.monitor])
         sign = 1 if self.mode == "max" else -1
         if self.best_score is None or sign * score > sign * self.best_score:
-            self.best_score = score
-            self._save(trainer, "best.ckpt")
+            self.best_score, self.best_step = score, trainer.global_step
+            self._save(trainer, "best")
+
+    def has_best(self, trainer: Trainer) -> bool:
+        """Whether best.ckpt is there and was chosen in the line of states that this run goes on from; ask on all ranks.
+
+        It may be of another run, or of states that were given up for an earlier one.
+        """
+        return bool(trainer.strategy.broadcast(trainer.is_global_zero and self._is_best_ours()))
+
+    def _is_best_ours(self) -> bool:
+        assert self.run is not None
+        path = self.run.checkpoint("best")
+        if self.best_score is None or not path.exists():
+            return False
+        try:
+            best = read_checkpoint(path)
+        except UserError as error:
+            log.warn(f"{error}: passed over")
+            return False
+        steps = {self.best_step, best.step} - {None}  # version 0.1.0 did not note the step
+        if best.identity == self.run.identity and best.chosen.get("best_score") == self.best_score and len(steps) == 1:
+            return True
+        log.warn(f"{path} is not the best of the states that this run goes on from: the best is chosen anew")
+        return False
+
+    def has_final(self, trainer: Trainer) -> bool:
+        """Whether final.ckpt is there and of this run's last step; ask on all ranks."""
+        assert self.run is not None
+        ours = False
+        path = self.run.checkpoint("final")
+        if trainer.is_global_zero and path.exists():
+            with contextlib.suppress(UserError):
+                state = read_checkpoint(path)
+                ours = (state.identity, state.step) == (self.run.identity, trainer.global_step)
+        return bool(trainer.strategy.broadcast(ours))
 
     def _save(self, trainer: Trainer, name: str) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.run is None:
             return
-        assert trainer.log_dir is not None
-        path = Path(trainer.log_dir) / "checkpoints" / name
-        if name == "last.ckpt" and trainer.is_global_zero:
-            keep(path, self.num_kept)
+        path = self.run.checkpoint(name)
+        if name == "last":
+            if trainer.is_global_zero:
+                keep(path, self.num_kept)
+            self._saved_weights = _versions(trainer.lightning_module)
         trainer.save_checkpoint(path)
         self._saved_at = time.monotonic()
 
@@ -167,10 +240,12 @@ class Checkpoints(Checkpoint):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, get_random_state())
-        return {"best_score": self.best_score, "random_states": states}
+        best = {"best_score": self.best_score, "best_step": self.best_step}
+        return {"run": self.run.identity if self.run else None, **best, "random_states": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score, self._random_states = state_dict["best_score"], state_dict["random_states"]
+        self.best_step = state_dict.get("best_step")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for name, weight in checkpoint["state_dict"].items():
@@ -179,6 +254,18 @@ class Checkpoints(Checkpoint):
                     f"step {trainer.global_step}: {name} is not finite, so nothing is saved and the checkpoint before "
                     "is kept: go on from it with --resume and a smaller --lr, or start anew with one"
                 )
+
+
+def _versions(module: LightningModule) -> list[tuple[int, int]]:
+    """Changes whenever a weight of the module does, in place or not."""
+    return [(weight.data_ptr(), weight._version) for weight in module.state_dict(keep_vars=True).values()]
+
+
+def _holds(path: Path, module: LightningModule) -> bool:
+    """Whether a checkpoint holds the module's weights."""
+    saved = read_checkpoint(path).weights
+    weights = module.state_dict()
+    return saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name].cpu()) for name in saved)
 
 
 def keep(path: Path, num_kept: int) -> None:

@@ -46,18 +46,6 @@ def is_plain(value: Any, more: tuple[type, ...] = ()) -> bool:
     return True
 
 
-def checkpoint_config(checkpoint: dict[str, Any], trust: bool) -> dict[str, Any]:
-    """The config that a checkpoint travels with, empty in one that no command wrote.
-
-    Raises:
-        UserError: see `check_trusted`.
-    """
-    config: dict[str, Any] = checkpoint["lit_cifar"].get("config") or {}
-    if not trust:
-        check_trusted(config)
-    return config
-
-
 def check_trusted(config: Any) -> None:
     """Checks that a checkpoint's config, or a part of it, names only classes that may be made without asking.
 

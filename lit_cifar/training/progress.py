@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 import time
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -20,6 +19,7 @@ from lit_cifar.data.loader import DeviceLoader
 from lit_cifar.errors import DivergedError, UserError
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.results.report import peak_memory
+from lit_cifar.run.folder import Run
 from lit_cifar.training.watch import Watch
 
 
@@ -46,7 +46,7 @@ class RunningLoss(Callback):
         self._waited_seconds = 0.0
         self._watches = {"logged": Stopwatch(), "printed": Stopwatch()}
         self._watch = Watch()
-        self._run = Path()
+        self.run: Run | None = None  # set by the command
         self.train_started = 0.0  # on time.perf_counter's clock
         self.first_step_seconds = 0.0  # with what comes with it once: warming up, compiling
 
@@ -55,10 +55,10 @@ class RunningLoss(Callback):
         self._losses = []
         self._logged_step = trainer.global_step
         self._watch = Watch()
-        self._run = Path(trainer.log_dir or ".")  # asked for on every rank: rank 0 broadcasts it
         if trainer.is_global_zero:
             num_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
-            write(trainer, f"training {num_parameters:,} parameters; run folder {self._run}")
+            folder = f"; run folder {self.run.folder}" if self.run else ""
+            write(trainer, f"training {num_parameters:,} parameters{folder}")
         self.train_started, self.first_step_seconds = time.perf_counter(), 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -147,8 +147,12 @@ class RunningLoss(Callback):
         )
 
     def _way_out(self) -> str:
-        kept = self._run / "checkpoints" / "last.ckpt"
-        return f"go on from {kept} with --resume and a smaller --lr" if kept.is_file() else "choose a smaller --lr"
+        kept = self.run.checkpoint("last") if self.run else None
+        return (
+            f"go on from {kept} with --resume and a smaller --lr"
+            if kept and kept.is_file()
+            else "choose a smaller --lr"
+        )
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logged_step = trainer.global_step
@@ -188,11 +192,11 @@ class RunningLoss(Callback):
             wait_ms = metrics["speed/data_wait_ms"] * trainer.accumulate_grad_batches
             num_cores = os.cpu_count() or 1
             found.append(self._watch.data(step, wait_ms, metrics["speed/step_ms"], loader.num_workers, num_cores))
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            with contextlib.suppress(OSError):  # whoever writes there tells what is wrong with the folder
-                last = self._run / "checkpoints" / "last.ckpt"
+        if self.run is not None:
+            with contextlib.suppress(OSError):  # whoever writes there says what is wrong with the folder
+                last, folder = self.run.checkpoint("last"), self.run.folder
                 num_bytes = last.stat().st_size if last.is_file() else 0
-                found.append(self._watch.disk(step, self._run, shutil.disk_usage(self._run).free, num_bytes))
+                found.append(self._watch.disk(step, folder, shutil.disk_usage(folder).free, num_bytes))
         for warning in filter(None, found):
             warn(trainer, warning)
 

@@ -1,0 +1,299 @@
+"""A run is one object: its folder is its own, wherever it lies, and nothing of one run is written into another's."""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run as RunCommand
+from lightning.pytorch.loggers import Logger
+
+import lit_cifar.fit
+import lit_cifar.test
+from lit_cifar.errors import UserError
+from lit_cifar.run.folder import IDENTITY, RUNS, Run, read_identity
+from lit_cifar.run.read import read_checkpoint
+
+SHORT = ["--dataset", "shapes", "--accelerator", "cpu", "--batch_size", "50", "--trainer.limit_train_batches", "4"]
+SHORT += ["--trainer.limit_test_batches", "2"]
+CSV = "lightning.pytorch.loggers.CSVLogger"
+
+
+def fit(*args: str) -> None:
+    lit_cifar.fit.main([*SHORT, *args])
+
+
+def results(run: str | Path) -> dict[str, Any]:
+    return json.loads((Path(run) / "results.json").read_text())
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+# ---- claiming a folder ----
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / RUNS / "version_9").mkdir(parents=True)
+    (tmp_path / RUNS / "version_old").mkdir()
+    runs = [Run.new(tmp_path) for _ in range(8)]
+    barrier = threading.Barrier(len(runs))
+
+    def claim(run: Run) -> None:
+        barrier.wait()
+        run.claim()
+        run.claim()
+
+    threads = [threading.Thread(target=claim, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(run.folder.name for run in runs) == sorted(f"version_{version}" for version in range(10, 18))
+    assert len({read_identity(run.folder) for run in runs}) == len(runs)
+
+
+def test_a_folder_taken_between_looking_and_making_is_left_to_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Run.new(tmp_path)
+    first.claim()
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))
+    second = Run.new(tmp_path)
+    second.claim()
+    assert (first.folder.name, second.folder.name) == ("version_0", "version_1")
+
+
+@pytest.mark.parametrize("in_the_way", ["file", "dangling link"])
+def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path, in_the_way: str) -> None:
+    if in_the_way == "file":
+        (tmp_path / RUNS).write_bytes(b"")
+    else:
+        (tmp_path / RUNS).symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"cannot make a folder for the run in .*lightning_logs"):
+        Run.new(tmp_path).claim()
+
+
+def test_a_run_that_did_not_begin_leaves_no_folder(tmp_path: Path) -> None:
+    run = Run.new(tmp_path)
+    run.claim()
+    run.release()
+    assert os.listdir(tmp_path) == []
+    run.claim()
+    run.config.write_text("seed_everything: 0\n")
+    run.release()
+    assert run.config.is_file(), "what somebody wrote into stays"
+
+
+def test_a_logger_that_cannot_be_made_leaves_no_folder() -> None:
+    with pytest.raises(Exception, match="nowhere"):
+        fit("--trainer.logger", CSV, "--trainer.logger.save_dir", ".", "--trainer.logger.prefix", "[nowhere]")
+    assert not RUNS.exists()
+
+
+# ---- the folder that a checkpoint lies in ----
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run.new(tmp_path)
+    run.claim()
+    run.checkpoint("last").parent.mkdir()
+    return run
+
+
+def test_a_run_is_found_by_its_checkpoint_wherever_it_lies(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "archive").mkdir()
+    moved = run.folder.rename(tmp_path / "archive" / "my run")
+    (tmp_path / "link").symlink_to(moved)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("archive/my run", "link", "archive/../link"):
+        found = Run.of(Path(folder) / "checkpoints" / "last.ckpt", run.identity)
+        assert found is not None
+        assert found.folder.samefile(moved)
+        assert "link" in str(found.folder) or "my run" in str(found.folder)
+    monkeypatch.chdir(moved / "checkpoints")
+    assert Run.of(Path("last.ckpt"), run.identity).folder == moved  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_in_no_run_or_in_anothers_has_no_run(run: Run, tmp_path: Path) -> None:
+    last = run.checkpoint("last")
+    assert Run.of(last, "another") is None
+    assert Run.of(last, None) is None, "a state of version 0.1.0 in a newer run's folder"
+    assert Run.of(run.folder / "last.ckpt", run.identity) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert Run.of(tmp_path / "checkpoints" / "last.ckpt", run.identity) is None
+
+
+def test_a_run_of_version_0_1_0_has_no_identity_and_goes_on(run: Run) -> None:
+    (run.folder / IDENTITY).unlink()
+    assert Run.of(run.checkpoint("last"), None) is None, "a folder of that name alone is no run's"
+    run.config.write_text("seed_everything: 0\n")
+    assert Run.of(run.checkpoint("last"), None) is not None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"identity": 3}', "[" * 10_000])
+def test_a_spoilt_identity_is_none(run: Run, content: str) -> None:
+    (run.folder / IDENTITY).write_text(content)
+    assert read_identity(run.folder) is None
+
+
+# ---- what a training run does with it ----
+
+
+def test_every_state_carries_the_runs_identity() -> None:
+    fit("--max_epochs", "2", "--data.num_val", "100")
+    states = {path.name: read_checkpoint(path) for path in (RUNS / "version_0" / "checkpoints").iterdir()}
+    assert states.keys() == {"last.ckpt", "last-1.ckpt", "best.ckpt"}
+    assert {state.identity for state in states.values()} == {read_identity(RUNS / "version_0")}
+
+
+def test_a_run_that_was_moved_goes_on_where_it_lies_now() -> None:
+    fit("--max_epochs", "1")
+    Path("archive").mkdir()
+    moved = (RUNS / "version_0").rename("archive/mine")
+    fit("--max_epochs", "1", "--lr", "0.5")  # takes the name that is free now
+    before = contents(RUNS / "version_0")
+    lit_cifar.fit.main(["--resume", "archive/mine", "--max_epochs", "2"])
+    assert results(moved)["num_steps"] == 8
+    assert contents(RUNS / "version_0") == before
+    assert sorted(os.listdir(RUNS)) == ["version_0"]
+    assert sorted(os.listdir("archive")) == ["mine"]
+
+
+def test_a_checkpoint_outside_its_run_begins_a_new_one() -> None:
+    fit("--max_epochs", "1")
+    shutil.copy(RUNS / "version_0" / "checkpoints" / "last.ckpt", "mine.ckpt")
+    fit("--max_epochs", "1", "--lr", "0.5")
+    copied = shutil.copy("mine.ckpt", RUNS / "version_1" / "checkpoints" / "mine.ckpt")
+    before = contents(RUNS / "version_0"), contents(RUNS / "version_1")
+    for number, path in enumerate(("mine.ckpt", copied), start=2):
+        lit_cifar.fit.main(["--resume", str(path), "--max_epochs", "2"])
+        assert results(RUNS / f"version_{number}")["num_steps"] == 8
+        assert read_identity(RUNS / f"version_{number}") not in (None, read_identity(RUNS / "version_0"))
+    assert before == (contents(RUNS / "version_0"), contents(RUNS / "version_1"))
+
+
+@pytest.mark.parametrize(
+    "logger",
+    [
+        ["--trainer.logger", "false"],
+        ["--trainer.logger", "true"],
+        ["--trainer.logger", CSV, "--trainer.logger.save_dir", "."],
+        ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "."],
+        ["--trainer.logger", "test_run.Nowhere"],
+    ],
+    ids=["none", "own", "csv", "tensorboard", "another"],
+)
+def test_every_run_has_a_folder_of_its_own_whatever_logger_is_chosen(logger: list[str]) -> None:
+    fit("--max_epochs", "1", *logger)
+    before = contents(RUNS / "version_0")
+    fit("--max_epochs", "1", *logger)
+    assert contents(RUNS / "version_0") == before
+    assert sorted(os.listdir()) == ["lightning_logs"]
+    assert sorted(os.listdir(RUNS)) == ["version_0", "version_1"]
+    for run in RUNS.iterdir():
+        assert {"config.yaml", "results.json", "checkpoints/last.ckpt"} <= contents(run).keys()
+    lit_cifar.fit.main(["--resume", "auto", "--max_epochs", "2", "--trust", "true"])
+    assert results(RUNS / "version_1")["num_steps"] == 8
+    after = contents(RUNS / "version_0")
+    assert after == before
+    if CSV in logger:
+        assert len(list((RUNS / "version_1").rglob("metrics.csv"))) == 2, "the first part's figures are kept"
+
+
+class Nowhere(Logger):
+    """Stands for a logger of another package, which writes to no folder."""
+
+    name, version = "nowhere", 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Does nothing."""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing."""
+
+
+def test_a_place_that_was_chosen_for_a_logger_is_its_own() -> None:
+    fit("--max_epochs", "1", "--trainer.logger", CSV, "--trainer.logger.save_dir", "elsewhere")
+    assert len(list(Path("elsewhere").rglob("metrics.csv"))) == 1
+    assert "results.json" in contents(RUNS / "version_0")
+
+
+def test_lightnings_own_callbacks_write_into_the_runs_folder() -> None:
+    callback = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.logger", "false"]
+    fit("--max_epochs", "1", *callback)
+    assert [path.name for path in (RUNS / "version_0" / "checkpoints").glob("epoch*")] == ["epoch=0-step=4.ckpt"]
+    assert os.listdir() == ["lightning_logs"]
+
+
+def test_a_rank_in_the_environment_of_a_single_device_means_nothing(run_command: RunCommand) -> None:
+    for version in ("version_0", "version_1"):
+        done = run_command("lit_cifar.fit", *SHORT, "--max_epochs", "1", RANK="1", SLURM_PROCID="1", LOCAL_RANK="1")
+        assert (done.returncode, "Accuracy" in done.stdout) == (0, True), done.stderr
+        assert {"config.yaml", "results.json", "checkpoints/last.ckpt"} <= contents(RUNS / version).keys()
+        assert list((RUNS / version).glob("events.*"))
+    done = run_command("lit_cifar.fit", "--devcies", "2", RANK="1", LOCAL_RANK="1")
+    assert done.returncode == 2
+    assert "unknown flag --devcies" in done.stderr
+
+
+# ---- the best state, and what is reported ----
+
+VALIDATED = ["--data.num_val", "1000", "--lr", "0.05", "--trainer.limit_train_batches", "40"]
+
+
+def test_a_best_state_of_another_run_or_an_abandoned_line_is_not_tested() -> None:
+    fit("--max_epochs", "2", *VALIDATED)
+    run = RUNS / "version_0" / "checkpoints"
+    fit("--max_epochs", "1", *VALIDATED, "--seed", "1")
+    shutil.copy(RUNS / "version_1" / "checkpoints" / "best.ckpt", run / "best.ckpt")  # another run's
+    lit_cifar.fit.main(["--resume", str(run / "last.ckpt"), "--trainer.max_epochs", "2"])
+    assert results(run.parent)["checkpoint"] == "last"
+
+    # back to the state after the first epoch: best.ckpt, of the second, belongs to a line that was given up
+    fit("--max_epochs", "2", *VALIDATED)
+    run = RUNS / "version_2" / "checkpoints"
+    best = read_checkpoint(run / "best.ckpt")
+    assert best.step == 80, "the second epoch's"
+    lit_cifar.fit.main(["--resume", str(run / "last-1.ckpt"), "--max_epochs", "2", "--lr", "0"])
+    again = read_checkpoint(run / "best.ckpt")
+    assert again.chosen["best_score"] < best.chosen["best_score"]
+    assert results(run.parent)["checkpoint"] == "best"
+    lit_cifar.test.main(["--ckpt_path", str(run / "best.ckpt"), "--output", "best.json"])
+    assert json.loads(Path("best.json").read_text())["num_steps"] == again.step == 80
+
+
+def test_what_weight_averaging_leaves_is_saved_under_the_name_that_the_report_gives() -> None:
+    average = ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.01"]
+    average += ["--trainer.callbacks.device", "cpu"]
+    fit("--max_epochs", "4", "--lr", "0.05", *average)
+    first = results(RUNS / "version_0")
+    assert first["checkpoint"] == "final"
+    final = RUNS / "version_0" / "checkpoints" / "final.ckpt"
+    limit = ["--trainer.limit_test_batches", "2"]
+    lit_cifar.test.main(["--ckpt_path", str(final), *limit, "--output", "again.json"])
+    again = json.loads(Path("again.json").read_text())
+    assert (again["confusion_matrix"], again["loss"]) == (first["confusion_matrix"], first["loss"])
+    assert not torch.equal(
+        *(read_checkpoint(final.with_name(name)).weights["net.fc3.weight"] for name in ("final.ckpt", "last.ckpt"))
+    )
+    lit_cifar.fit.main(["--resume", "auto", "--trust", "true"])
+    assert {**results(RUNS / "version_0"), "seconds": 0, "when": 0, "peak_memory": 0} == {
+        **first, "seconds": 0, "when": 0, "peak_memory": 0
+    }  # fmt: skip
+
+
+def test_a_run_that_saves_nothing_names_no_state() -> None:
+    fit("--max_epochs", "1", "--trainer.enable_checkpointing", "false")
+    assert results(RUNS / "version_0")["checkpoint"] is None
+    fit("--max_epochs", "1")
+    assert results(RUNS / "version_1")["checkpoint"] == "last"
+    assert not (RUNS / "version_1" / "checkpoints" / "final.ckpt").exists()
