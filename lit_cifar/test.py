@@ -68,9 +68,9 @@ def _tested(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     if not settings.ckpt_path:
         return None
     state = read_checkpoint(Path(settings.ckpt_path))
-    config = checked_config(state, settings.trust)
+    config = checked_config(state, settings.trust, ("seed_everything", "model", "data"))
     data = {key: value for key, value in config.get("data", {}).items() if key in DATA_KEYS}
-    return state, {"seed_everything": config.get("seed_everything", 0), "model": config.get("model", {}), "data": data}
+    return state, {**config, "data": data}
 
 
 if __name__ == "__main__":

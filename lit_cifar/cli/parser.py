@@ -37,7 +37,6 @@ SHORT_FLAGS = {
     "seed": ("seed_everything", "seed of everything random"),
 }
 
-SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "running_loss")  # of a config
 PATHS = {"data_dir", "default_root_dir", "resume", "ckpt_path", "output", "study", "storage"}  # settings that are paths
 TRUST = "true: make classes that the checkpoint names, of any package"
 
@@ -170,7 +169,6 @@ class Parser(LightningArgumentParser):
         Raises:
             UserError: it is not one of this version.
         """
-        config = {key: value for key, value in config.items() if key in SECTIONS}
         try:
             self.set_defaults(_flatten(config, {action.dest for action in self._actions}))
         except (KeyError, ValueError, TypeError) as error:

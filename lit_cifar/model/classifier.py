@@ -1,6 +1,7 @@
 """`load`: a trained net out of a checkpoint, for use without the Trainer. Training is not here, and no command."""
 
 import os
+from collections.abc import Collection
 from typing import Any, get_args
 
 import jsonargparse
@@ -12,6 +13,8 @@ from lit_cifar.files import local_path
 from lit_cifar.model.module import TTA, Classifier, check_weights
 from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.trust import check_trusted
+
+SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "running_loss")  # of a config
 
 
 class Classes(tuple[str, ...]):
@@ -71,13 +74,13 @@ def check_net(settings: Any, weights: dict[str, Tensor]) -> None:
         _make_classifier(settings, "none", weights)
 
 
-def checked_config(state: State, trust: bool) -> dict[str, Any]:
-    """The config that a state travels with, empty in one that no command wrote, once it is seen to be harmless.
+def checked_config(state: State, trust: bool, sections: Collection[str] = SECTIONS) -> dict[str, Any]:
+    """The sections of a state's config that are asked for, once they are seen to be harmless.
 
     Raises:
-        UserError: it names classes of packages that are not trusted, or the weights are not those of its net.
+        UserError: they name classes of packages that are not trusted, or the weights are not those of the net.
     """
-    config = state.config
+    config = {section: value for section, value in state.config.items() if section in sections}
     if not trust:
         check_trusted(config)
         if "net" in config.get("model", {}):

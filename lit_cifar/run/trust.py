@@ -8,7 +8,11 @@ import yaml
 
 from lit_cifar.errors import UserError
 
-TRUSTED = ("lit_cifar.", "torchvision.", "torch.nn.")  # a checkpoint's config may name classes from these by itself
+TRUSTED = (
+    "lit_cifar.nets.",
+    "torchvision.",
+    "torch.nn.",
+)  # whose classes a checkpoint may name
 
 MAX_CONFIG_VALUES, MAX_CONFIG_TEXT = 100_000, 10_000  # how many, and how many characters of each
 
