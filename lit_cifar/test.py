@@ -1,6 +1,7 @@
 """`python -m lit_cifar.test`: tests a checkpoint and reports as fit does. What other commands share is not here."""
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def main(args: list[str]) -> None:
     model.check_fits(state, data.classes)
     model.set_classes(data.classes)
 
+    # those that the run was trained with, and a test does without
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
     test_started = time.perf_counter()
     trainer.test(model, datamodule=data, ckpt_path=state.path, weights_only=True, verbose=False)
     if not trainer.is_global_zero:

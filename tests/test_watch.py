@@ -169,13 +169,29 @@ def test_what_is_wrong_on_another_node_is_told_by_its_first_process(
     assert len(done.stderr.splitlines()) == told
 
 
-def test_other_ranks_say_who_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variables", "who"),
+    [
+        ({}, ""),
+        ({"RANK": "3", "LOCAL_RANK": "1", "SLURM_PROCID": "2"}, ""),  # left by a pod, say: nobody launched this one
+        ({"RANK": "3", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}, "rank 3: "),
+        ({"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}, "rank 2: "),
+        ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, ""),
+        ({"LOCAL_RANK": "1", log.CHILD_VARIABLE: ""}, "rank 1: "),  # started by fit
+    ],
+)
+def test_other_ranks_say_who_they_are(
+    variables: dict[str, str], who: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "_known", None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     log.tell("decoded")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    log.tell("decoded")
-    monkeypatch.setenv("RANK", "3")  # of all nodes, which counts
     log.warn("passed over")
-    assert capsys.readouterr().err == "decoded\nrank 1: decoded\nlit_cifar: warning: rank 3: passed over\n"
+    assert capsys.readouterr().err == f"{who}decoded\nlit_cifar: warning: {who}passed over\n"
+    log.set_rank(5, 1)  # the Trainer knows better
+    log.tell("decoded")
+    assert capsys.readouterr().err == "rank 5: decoded\n"
 
 
 def test_a_rank_lags_when_it_is_the_same_one_again_and_again() -> None:

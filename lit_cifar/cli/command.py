@@ -289,6 +289,8 @@ class CLI(LightningCLI):
             return
         if self.trainer.is_global_zero:
             self.run.claim()
+            # profilers ask before OpenRun is called
+            self.trainer._default_root_dir = str(self.run.folder)  # type: ignore[attr-defined]
         try:
             self.trainer.loggers = self._make_loggers(self.run)
         except BaseException:

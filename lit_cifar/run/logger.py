@@ -1,5 +1,6 @@
 """TensorBoard events of a run, in its folder. What is logged is up to the callers, and dashboard.py fills the pages."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ class RunLogger(TensorBoardLogger):
         self._run = run
         self._resumed_step = resumed_step
 
+    # On other ranks than the first the run has no folder yet when Lightning first asks; there they write nothing.
+
     @property
     def log_dir(self) -> str:
-        return str(self._run.folder)
+        return str(self._run.folder) if self._run.is_claimed else ""
 
     @property
     def root_dir(self) -> str:
@@ -36,11 +39,11 @@ class RunLogger(TensorBoardLogger):
     @property
     def save_dir(self) -> str:
         """With `name`, which is empty, and `version` this is the run's folder, where Lightning puts them together."""
-        return str(self._run.folder.parent)
+        return os.path.dirname(self.log_dir)
 
     @property
     def version(self) -> str:
-        return self._run.folder.name
+        return os.path.basename(self.log_dir)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

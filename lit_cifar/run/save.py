@@ -43,7 +43,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 
 class OpenRun(Callback):
-    """Tells each rank the run's folder, and Lightning too, whose own callbacks write there then; writes config.yaml.
+    """Tells each rank the run's folder, and Lightning's own callbacks, which write there then; writes config.yaml.
 
     Args:
         run: whose folder rank 0 has claimed.
