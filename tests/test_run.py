@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run as RunCommand
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 import lit_cifar.fit
@@ -285,10 +286,26 @@ def test_what_weight_averaging_leaves_is_saved_under_the_name_that_the_report_gi
     assert not torch.equal(
         *(read_checkpoint(final.with_name(name)).weights["net.fc3.weight"] for name in ("final.ckpt", "last.ckpt"))
     )
+
+
+class HalveAtEnd(Callback):
+    """Changes the weights after the last step, as weight averaging does."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with torch.no_grad():
+            for weight in pl_module.parameters():
+                weight.mul_(0.5)
+
+
+def test_a_finished_run_that_is_resumed_reports_its_final_state_again() -> None:
+    fit("--max_epochs", "1", "--lr", "0.05", "--trainer.callbacks+=test_run.HalveAtEnd")
+    first = results(RUNS / "version_0")
+    assert first["checkpoint"] == "final"
     lit_cifar.fit.main(["--resume", "auto", "--trust", "true"])
-    assert {**results(RUNS / "version_0"), "seconds": 0, "when": 0, "peak_memory": 0} == {
-        **first, "seconds": 0, "when": 0, "peak_memory": 0
-    }  # fmt: skip
+    again = {"seconds": 0, "when": 0, "peak_memory": 0}
+    assert {**results(RUNS / "version_0"), **again} == {**first, **again}
+    lit_cifar.fit.main(["--resume", "auto", "--trust", "true", "--trainer.callbacks", "null", "--max_epochs", "2"])
+    assert results(RUNS / "version_0")["checkpoint"] == "last", "that final state is not the end's any more"
 
 
 def test_a_run_that_saves_nothing_names_no_state() -> None:
