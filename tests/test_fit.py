@@ -1,20 +1,29 @@
 """The fit and test commands in this process: what they write, resume to the bit, and the tutorial's recipe."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import JPEG, ROOT, Run
+from helpers import (
+    JPEG,
+    ROOT,
+    SHAPES,
+    SHORT,
+    Run,
+    assert_same_run,
+    make_tree,
+    results,
+    scalars,
+    weights,
+    write_official,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-from test_sources import write_official
 
 import lit_cifar.fit
 import lit_cifar.test
@@ -22,39 +31,7 @@ from lit_cifar.errors import UserError
 from lit_cifar.model.optim import lr_factor
 from lit_cifar.nets import Net
 
-SHAPES = ["--dataset", "shapes", "--accelerator", "cpu"]
-SHORT = [*SHAPES, "--batch_size", "32", "--max_epochs", "1", "--lr", "0.05"]
 AUGMENT = ["--data.augment.crop", "4", "--data.augment.flip", "random", "--data.augment.cutout", "8"]
-
-
-def results(run: str) -> dict[str, Any]:
-    return json.loads(Path(f"lightning_logs/{run}/results.json").read_text())
-
-
-def scalars(run: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) by tag, but for the run's speed, which no two runs share."""
-    events = EventAccumulator(f"lightning_logs/{run}", size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if not tag.startswith("speed/")
-    }
-
-
-def weights(run: str, name: str = "last") -> dict[str, torch.Tensor]:
-    checkpoint = torch.load(f"lightning_logs/{run}/checkpoints/{name}.ckpt", weights_only=True)
-    return checkpoint["state_dict"]
-
-
-def assert_same_run(one: str, other: str) -> None:
-    """Weights, losses and figures are identical to the bit."""
-    assert all(torch.equal(weight, weights(other)[name]) for name, weight in weights(one).items())
-    assert scalars(one) == scalars(other)
-    ignored = ("seconds", "peak_memory", "commit", "when", "recipe")  # one may be started from the other's config
-    assert {k: v for k, v in results(one).items() if k not in ignored} == {
-        k: v for k, v in results(other).items() if k not in ignored
-    }
 
 
 def test_a_run_writes_its_report_config_checkpoint_and_dashboard(capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,14 +153,13 @@ def test_killed_on_2_processes_and_resumed_equals_never_stopped(run_command: Run
     args = [*resumable(schedule), "--devices", "2"]
     whole = run_command("lit_cifar.fit", *args)
     assert whole.returncode == 0, whole.stderr
-    faults = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     kill = ["--trainer.callbacks+=faults.KillAt", "--trainer.callbacks.step=160"]
-    killed = run_command("lit_cifar.fit", *args, *kill, **faults)
+    killed = run_command("lit_cifar.fit", *args, *kill)
     assert killed.returncode != 0
     stopped = torch.load("lightning_logs/version_1/checkpoints/last.ckpt", weights_only=True)
     assert stopped["global_step"] == 148
     calm = ["--trust", "true", "--trainer.callbacks", "null"]
-    resumed = run_command("lit_cifar.fit", "--resume", "auto", *calm, **faults)
+    resumed = run_command("lit_cifar.fit", "--resume", "auto", *calm)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run("version_0", "version_1")
 
@@ -283,11 +259,7 @@ def test_cifar100_trains_tests_and_resumes(
 def test_a_checkpoint_on_data_with_other_classes_names_both() -> None:
     lit_cifar.fit.main([*SHORT, "--batch_size", "2", "--trainer.max_steps", "1"])
     before = sorted(Path("lightning_logs").rglob("*"))
-    for split in ("train", "test"):
-        for class_name in ("ant", "bee"):
-            folder = Path("tree") / split / class_name
-            folder.mkdir(parents=True)
-            Image.new("RGB", (32, 32)).save(folder / "0.png")
+    make_tree(Path("tree"), ("ant", "bee"), num_images=1)
     checkpoint = "lightning_logs/version_0/checkpoints/last.ckpt"
     tree = ["--dataset", "cifar10", "--data_dir", "tree"]
     for main, args in ((lit_cifar.test.main, ["--ckpt_path", checkpoint]), (lit_cifar.fit.main, ["--resume", "auto"])):

@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.collect_env
-from conftest import ROOT
+from helpers import ROOT, bomb
 from PIL import Image
-from test_predict import bomb
 
 import lit_cifar.fit
 import lit_cifar.predict

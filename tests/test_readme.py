@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run
+from helpers import ROOT, Run, write_official
 from PIL import Image
-from test_sources import write_official
 
 import lit_cifar.bench
 import lit_cifar.export

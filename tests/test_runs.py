@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Run
+from helpers import ROOT, Run
 
 import lit_cifar.fit
 from lit_cifar import runs

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from test_fit import SHAPES, assert_same_run
+from helpers import ROOT, SHAPES, assert_same_run
 
 import lit_cifar.fit
 from lit_cifar.errors import UserError
