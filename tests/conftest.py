@@ -27,13 +27,25 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIT_CIFAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("LIT_CIFAR_RESUME", raising=False)
     torch.set_num_threads(1)
     random_state, mkldnn = torch.get_rng_state(), torch.backends.mkldnn.enabled
     yield
-    os.environ.pop("LIT_CIFAR_RESUME", None)  # or fixtures of the session that are made next would resume
     torch.backends.mkldnn.enabled = mkldnn
     torch.set_rng_state(random_state)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_to_resume_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second fit in one process does not resume what the first did."""
+    main = lit_cifar.fit.main
+
+    def fit(args: list[str]) -> None:
+        try:
+            main(args)
+        finally:
+            os.environ.pop("LIT_CIFAR_RESUME", None)
+
+    monkeypatch.setattr(lit_cifar.fit, "main", fit)
 
 
 @pytest.fixture(scope="session")

@@ -207,9 +207,8 @@ def test_resuming_a_finished_run_reports_the_same_again() -> None:
     assert not Path("lightning_logs/version_1").exists()
 
 
-def test_a_resumed_run_keeps_the_batches_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_the_batches_it_began_with() -> None:
     lit_cifar.fit.main(SHORT)
-    monkeypatch.delenv("LIT_CIFAR_RESUME", raising=False)
     with pytest.raises(UserError, match="batch_size was 32 and is now 16"):
         lit_cifar.fit.main(["--resume", "auto", "--batch_size", "16"])
 

@@ -123,7 +123,6 @@ def test_the_commands_of_a_document_run_in_turn(
     monkeypatch.setattr("lit_cifar.data.download.fetch_folder", lambda *_: pytest.fail("would download"))
     main = {"fit": lit_cifar.fit.main, "test": lit_cifar.test.main}
     for module, args in commands(document):
-        monkeypatch.delenv("LIT_CIFAR_RESUME", raising=False)
         typed = shlex.split(args)
         if "--dataset" not in typed and "--data_dir" not in typed and module == "fit" and "--resume" not in typed:
             typed += ["--data_dir", "flowers"]  # where the document means CIFAR-10

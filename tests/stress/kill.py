@@ -52,7 +52,6 @@ class Training:
         self.args = args
         self.log = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(num_threads)}
-        env.pop("LIT_CIFAR_RESUME", None)
         self.started = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
