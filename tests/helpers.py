@@ -61,13 +61,16 @@ def followed(module: str, *args: object) -> Iterator["subprocess.Popen[str]"]:
             process.kill()
 
 
-def results(run: str) -> dict[str, Any]:
-    return json.loads(Path(f"lightning_logs/{run}/results.json").read_text())
+# A run is given by its name in lightning_logs, or by its absolute path.
 
 
-def scalars(run: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) by tag, but for the run's speed, which no two runs share."""
-    events = EventAccumulator(f"lightning_logs/{run}", size_guidance={"scalars": 0})
+def results(run: str | Path) -> dict[str, Any]:
+    return json.loads(Path("lightning_logs", run, "results.json").read_text())
+
+
+def scalars(run: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) by tag, without the run's speed, which no two runs share."""
+    events = EventAccumulator(str(Path("lightning_logs", run)), size_guidance={"scalars": 0})
     events.Reload()
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
@@ -76,8 +79,8 @@ def scalars(run: str) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def weights(run: str, name: str = "last") -> dict[str, torch.Tensor]:
-    checkpoint = torch.load(f"lightning_logs/{run}/checkpoints/{name}.ckpt", weights_only=True)
+def weights(run: str | Path, name: str = "last") -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(Path("lightning_logs", run, "checkpoints", f"{name}.ckpt"), weights_only=True)
     return checkpoint["state_dict"]
 
 

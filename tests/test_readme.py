@@ -4,6 +4,7 @@ import ast
 import io
 import re
 import shlex
+import shutil
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ def test_every_command_of_the_documents_parses(
     if module in ("predict", "export"):
         _place_checkpoint_and_photos(trained)
     elif "--resume" in typed or "--ckpt_path" in typed:
-        lit_cifar.fit.main(["--dataset", "shapes", "--batch_size", "500", "--max_epochs", "1"])
+        shutil.copytree(trained, "lightning_logs/version_0")
     if module == "test":
         lit_cifar.test.main(typed)
         return
