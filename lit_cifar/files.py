@@ -67,7 +67,7 @@ def local_path(path: str | os.PathLike[str], setting: str) -> Path:
     text = os.fspath(path)
     if found := re.match(r"([a-zA-Z][\w+.-]+)://?", text):
         raise UserError(f"{setting} {text}: {found[1]}:// is not supported here; name a path on this machine")
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def sync_folder(folder: Path) -> None:

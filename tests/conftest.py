@@ -1,25 +1,27 @@
-"""What several test files need: a place of its own for each test, and the commands, in this process or in others."""
+"""Fixtures for all tests: a place of its own for each, a trained run, and commands as processes. The functions that
+tests share are in helpers.py."""
 
+import copy
+import functools
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-import lit_cifar.fit
+pytest.register_assert_rewrite("helpers")
 
-# LightningCLI 2.6.6 calls names that jsonargparse 4.49 deprecates; not ours to mend
+from helpers import PYTHONPATH, Run  # noqa: E402
+
+import lit_cifar.fit  # noqa: E402
+from lit_cifar.data import sources  # noqa: E402
+
+# LightningCLI 2.6.6 calls names that jsonargparse 4.49 deprecates; not ours to fix
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-
-ROOT = Path(__file__).resolve().parent.parent
-# CIFAR-10 as an archive of JPEG images, where there is one to test on
-JPEG = Path(os.environ.get("LIT_CIFAR_JPEG") or ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.xz")
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +30,20 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIT_CIFAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("LIT_CIFAR_RESUME", raising=False)
     torch.set_num_threads(1)
     random_state, mkldnn = torch.get_rng_state(), torch.backends.mkldnn.enabled
     yield
-    os.environ.pop("LIT_CIFAR_RESUME", None)  # or fixtures of the session that are made next would resume
     torch.backends.mkldnn.enabled = mkldnn
     torch.set_rng_state(random_state)
+
+
+drawn = functools.cache(sources.draw_shapes)
+
+
+@pytest.fixture(autouse=True)
+def _shapes_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw them takes longer than many a test's training run. test_shapes.py draws them itself."""
+    monkeypatch.setattr(sources, "draw_shapes", lambda train: copy.deepcopy(drawn(train)))
 
 
 @pytest.fixture(scope="session")
@@ -46,22 +55,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "lightning_logs" / "version_0"
 
 
-@contextmanager
-def followed(module: str, *args: object) -> Iterator["subprocess.Popen[str]"]:
-    """`python -m MODULE ARGS` in this folder, whose output the caller reads as it comes; killed in the end."""
-    with subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, args)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 @pytest.fixture
 def run_command(tmp_path: Path) -> Iterator[Run]:
     """Runs `python -m MODULE ARGS` in the test's folder, with whatever it starts, and stops what is left of it."""
@@ -71,7 +64,7 @@ def run_command(tmp_path: Path) -> Iterator[Run]:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, args)],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH, **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import scipy.stats  # type: ignore[import-untyped]
-from conftest import ROOT, Run
+from helpers import ROOT, Run
 
 from lit_cifar import bench, fit
 from lit_cifar.errors import UserError

@@ -6,19 +6,17 @@ import os
 import pickle
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers import disk_with_room_for, error_of
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_cifar.errors import UserError
 from lit_cifar.run.folder import RUNS, Run
 from lit_cifar.run.logger import RunLogger, scalars_at
 from lit_cifar.run.read import find_checkpoint, read_checkpoint
@@ -32,26 +30,7 @@ CHECKPOINT = {
 }
 
 
-def error_of(function: Any, *args: Any) -> str:
-    with pytest.raises(UserError) as raised:
-        function(*args)
-    assert str(raised.value).isprintable(), "one line"
-    return str(raised.value)
-
-
 # ---- writing ----
-
-
-@contextmanager
-def disk_with_room_for(num_bytes: int) -> Iterator[None]:
-    """Writing a file beyond so many bytes fails, as on a full disk."""
-    resource = pytest.importorskip("resource", reason="Windows has no limit on a file's size")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def save(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from torch import Tensor, nn
 
 import lit_cifar

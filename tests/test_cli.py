@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Run
+from helpers import ROOT, Run, make_tree
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from PIL import Image
 
 import lit_cifar.fit
 from lit_cifar import errors
@@ -162,7 +161,7 @@ def test_errors_of_the_user_exit_with_2_and_one_line_on_stderr(run_command: Run)
 
 def test_errors_of_the_program_keep_their_traceback(run_command: Run) -> None:
     args = ["--dataset", "shapes", "--trainer.callbacks+=faults.Bug", "--trainer.limit_train_batches", "5"]
-    done = run_command("lit_cifar.fit", *args, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    done = run_command("lit_cifar.fit", *args)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "AssertionError: a bug of ours" in done.stderr
@@ -181,12 +180,7 @@ def test_a_limit_of_1_is_one_batch_and_1_0_is_all(stage: str, in_yaml: bool, val
 
 
 def test_output_that_the_terminal_cannot_encode_is_written_as_escapes(run_command: Run) -> None:
-    tree = Path("tree")
-    for split in ("train", "test"):
-        for class_name in ("café", "日本"):
-            (tree / split / class_name).mkdir(parents=True)
-            for index in range(4):
-                Image.new("RGB", (32, 32), (index, 0, 0)).save(tree / split / class_name / f"{index}.png")
+    make_tree(Path("tree"), ("café", "日本"))
     flags = ["--data_dir", "tree", "--trainer.max_steps", "1", "--accelerator", "cpu"]
     done = run_command("lit_cifar.fit", *flags, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0, done.stderr
@@ -199,13 +193,7 @@ def test_output_that_the_terminal_cannot_encode_is_written_as_escapes(run_comman
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A tree of images in three classes."""
-    for split in ("train", "test"):
-        for class_name in ("ant", "bee", "cow"):
-            folder = tmp_path / "tree" / split / class_name
-            folder.mkdir(parents=True)
-            for index in range(4):
-                Image.new("RGB", (32, 32), (index, 0, 0)).save(folder / f"{index}.png")
-    return tmp_path / "tree"
+    return make_tree(tmp_path / "tree", ("ant", "bee", "cow"))
 
 
 class Required(torch.nn.Linear):

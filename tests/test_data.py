@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import write_official
 from PIL import Image
-from test_sources import write_official
 from torch import Tensor
 from torchvision.transforms import v2
 

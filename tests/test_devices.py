@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from helpers import SHAPES, Run, scalars
 from PIL import Image
-from test_fit import SHAPES, scalars
 
 STEPS = ["--trainer.max_steps", "200", "--trainer.log_every_n_steps", "1", "--batch_size", "6"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 import lit_cifar.fit
 from lit_cifar.data.augment import Augment

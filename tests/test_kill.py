@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SHORT
 from stress.kill import differences, stress
-from test_fit import SHORT
 
 import lit_cifar.fit
 from lit_cifar.run.folder import Run

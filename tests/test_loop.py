@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import SHAPES, assert_same_run
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from test_fit import SHAPES, assert_same_run
 
 import lit_cifar.fit
 from lit_cifar.cli.command import CLI

@@ -5,9 +5,7 @@ import io
 import json
 import os
 import re
-import struct
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, followed
+from helpers import Run, bomb, followed
 from PIL import Image
 
 import lit_cifar.predict
@@ -172,16 +170,6 @@ def test_standard_input_is_an_image_or_paths(
     if expected == ["-"]:
         predict(checkpoint, "drawn/03.png", "--csv")
         assert rows[1][1:] == list(csv.reader(io.StringIO(capsys.readouterr().out)))[1][1:]
-
-
-def bomb(side: int) -> bytes:
-    """A black PNG of side x side pixels, a thousandth of their size."""
-    rows, packer = bytes(1 + side // 8) * 1000, zlib.compressobj(1)
-    packed = b"".join(packer.compress(rows) for _ in range(side // 1000)) + packer.flush()
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
 
 
 MEASURED = """

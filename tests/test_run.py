@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run as RunCommand
+from helpers import Run as RunCommand
+from helpers import results
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
@@ -26,10 +27,6 @@ CSV = "lightning.pytorch.loggers.CSVLogger"
 
 def fit(*args: str) -> None:
     lit_cifar.fit.main([*SHORT, *args])
-
-
-def results(run: str | Path) -> dict[str, Any]:
-    return json.loads((Path(run) / "results.json").read_text())
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -163,7 +160,7 @@ def test_a_run_that_was_moved_goes_on_where_it_lies_now() -> None:
     fit("--max_epochs", "1", "--lr", "0.5")  # takes the name that is free now
     before = contents(RUNS / "version_0")
     lit_cifar.fit.main(["--resume", "archive/mine", "--max_epochs", "2"])
-    assert results(moved)["num_steps"] == 8
+    assert results(moved.resolve())["num_steps"] == 8
     assert contents(RUNS / "version_0") == before
     assert sorted(os.listdir(RUNS)) == ["version_0"]
     assert sorted(os.listdir("archive")) == ["mine"]
@@ -177,7 +174,7 @@ def test_a_checkpoint_outside_its_run_begins_a_new_one() -> None:
     before = contents(RUNS / "version_0"), contents(RUNS / "version_1")
     for number, path in enumerate(("mine.ckpt", copied), start=2):
         lit_cifar.fit.main(["--resume", str(path), "--max_epochs", "2"])
-        assert results(RUNS / f"version_{number}")["num_steps"] == 8
+        assert results(f"version_{number}")["num_steps"] == 8
         assert read_identity(RUNS / f"version_{number}") not in (None, read_identity(RUNS / "version_0"))
     assert before == (contents(RUNS / "version_0"), contents(RUNS / "version_1"))
 
@@ -203,7 +200,7 @@ def test_every_run_has_a_folder_of_its_own_whatever_logger_is_chosen(logger: lis
     for run in RUNS.iterdir():
         assert {"config.yaml", "results.json", "checkpoints/last.ckpt"} <= contents(run).keys()
     lit_cifar.fit.main(["--resume", "auto", "--max_epochs", "2", "--trust", "true"])
-    assert results(RUNS / "version_1")["num_steps"] == 8
+    assert results("version_1")["num_steps"] == 8
     after = contents(RUNS / "version_0")
     assert after == before
     if CSV in logger:
@@ -257,7 +254,7 @@ def test_a_best_state_of_another_run_or_an_abandoned_line_is_not_tested() -> Non
     fit("--max_epochs", "1", *VALIDATED, "--seed", "1")
     shutil.copy(RUNS / "version_1" / "checkpoints" / "best.ckpt", run / "best.ckpt")  # another run's
     lit_cifar.fit.main(["--resume", str(run / "last.ckpt"), "--trainer.max_epochs", "2"])
-    assert results(run.parent)["checkpoint"] == "last"
+    assert results(run.parent.resolve())["checkpoint"] == "last"
 
     # back to the state after the first epoch: best.ckpt, of the second, belongs to a line that was given up
     fit("--max_epochs", "2", *VALIDATED)
@@ -267,7 +264,7 @@ def test_a_best_state_of_another_run_or_an_abandoned_line_is_not_tested() -> Non
     lit_cifar.fit.main(["--resume", str(run / "last-1.ckpt"), "--max_epochs", "2", "--lr", "0"])
     again = read_checkpoint(run / "best.ckpt")
     assert again.chosen["best_score"] < best.chosen["best_score"]
-    assert results(run.parent)["checkpoint"] == "best"
+    assert results(run.parent.resolve())["checkpoint"] == "best"
     lit_cifar.test.main(["--ckpt_path", str(run / "best.ckpt"), "--output", "best.json"])
     assert json.loads(Path("best.json").read_text())["num_steps"] == again.step == 80
 
@@ -276,7 +273,7 @@ def test_what_weight_averaging_leaves_is_saved_under_the_name_that_the_report_gi
     average = ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.01"]
     average += ["--trainer.callbacks.device", "cpu"]
     fit("--max_epochs", "4", "--lr", "0.05", *average)
-    first = results(RUNS / "version_0")
+    first = results("version_0")
     assert first["checkpoint"] == "final"
     final = RUNS / "version_0" / "checkpoints" / "final.ckpt"
     limit = ["--trainer.limit_test_batches", "2"]
@@ -299,18 +296,18 @@ class HalveAtEnd(Callback):
 
 def test_a_finished_run_that_is_resumed_reports_its_final_state_again() -> None:
     fit("--max_epochs", "1", "--lr", "0.05", "--trainer.callbacks+=test_run.HalveAtEnd")
-    first = results(RUNS / "version_0")
+    first = results("version_0")
     assert first["checkpoint"] == "final"
     lit_cifar.fit.main(["--resume", "auto", "--trust", "true"])
     again = {"seconds": 0, "when": 0, "peak_memory": 0}
-    assert {**results(RUNS / "version_0"), **again} == {**first, **again}
+    assert {**results("version_0"), **again} == {**first, **again}
     lit_cifar.fit.main(["--resume", "auto", "--trust", "true", "--trainer.callbacks", "null", "--max_epochs", "2"])
-    assert results(RUNS / "version_0")["checkpoint"] == "last", "that final state is not the end's any more"
+    assert results("version_0")["checkpoint"] == "last", "that final state is not the end's any more"
 
 
 def test_a_run_that_saves_nothing_names_no_state() -> None:
     fit("--max_epochs", "1", "--trainer.enable_checkpointing", "false")
-    assert results(RUNS / "version_0")["checkpoint"] is None
+    assert results("version_0")["checkpoint"] is None
     fit("--max_epochs", "1")
-    assert results(RUNS / "version_1")["checkpoint"] == "last"
+    assert results("version_1")["checkpoint"] == "last"
     assert not (RUNS / "version_1" / "checkpoints" / "final.ckpt").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Run
+from helpers import ROOT, Run
 
 import lit_cifar.fit
 from lit_cifar import runs
@@ -66,11 +66,10 @@ def test_a_run_is_listed_with_what_its_results_tell(capsys: pytest.CaptureFixtur
     assert abs(runs._utc(results["when"]).timestamp() - time.time()) < 60
 
 
-def test_a_resumed_run_keeps_its_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_its_recipe() -> None:
     Path("mine.yaml").write_text("model:\n  lr: 0.02\n")
     Path("more.yaml").write_text("trainer:\n  max_epochs: 2\n")
     for args in (["--config", "mine.yaml", *SHORT], ["--resume", "auto", "--config=more.yaml"]):
-        monkeypatch.delenv("LIT_CIFAR_RESUME", raising=False)
         lit_cifar.fit.main(args)
         results = json.loads(Path("lightning_logs/version_0/results.json").read_text())
         assert results["recipe"] == "mine"

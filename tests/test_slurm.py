@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from stress.kill import differences
 
 # `up DIR` starts the cluster and prints what to export, `down DIR` stops it

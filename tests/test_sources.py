@@ -1,6 +1,5 @@
 """What the readers promise: the right pixels in the right order, one decoding, and one line for each thing wrong."""
 
-import hashlib
 import io
 import os
 import pickle
@@ -16,11 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import JPEG
 from filelock import FileLock
+from helpers import JPEG, LABELS, disk_with_room_for, error_of, pixels, write_official
 from PIL import Image
-from test_checkpoint import disk_with_room_for
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from lit_cifar.data import sources
 from lit_cifar.data.download import ARCHIVES
@@ -34,12 +31,6 @@ NAMES = {"train": ("a10.png", "a2.png", "B.PNG"), "test": ("0.png", "1.png")}  #
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LIT_CIFAR_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def pixels(*key: str) -> np.ndarray:
-    """A random image (32, 32, 3) uint8 of its own for each name."""
-    seed = int(hashlib.sha256("/".join(key).encode()).hexdigest()[:8], 16)
-    return np.random.RandomState(seed).randint(0, 256, (32, 32, 3)).astype(np.uint8)
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -90,14 +81,6 @@ def check(path: Path) -> None:
         assert torch.equal(split.images, expected(train))
         assert split.labels.tolist() == [label for label in (0, 1) for _ in range(3 if train else 2)]
         assert split.classes == ("ant", "zebra")
-
-
-def error_of(function: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as raised:
-        function()
-    message = str(raised.value)
-    assert message.isprintable(), "a user error is one line"
-    return message
 
 
 def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,50 +161,6 @@ def test_no_archive_is_an_error_that_says_what_was_looked_for(tmp_path: Path) ->
 
 
 # ---- the official files ----
-
-
-class OldDtype:
-    def __reduce__(self) -> tuple[object, ...]:
-        return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
-
-
-class OldArray:
-    """Pickled as in 2009."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def __reduce__(self) -> tuple[object, ...]:
-        reduced = self.array.__reduce__()
-        return reduced[0], reduced[1], (1, self.array.shape, OldDtype(), False, self.array.tobytes())
-
-
-def write_official(folder: Path, dataset: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Ten images a file in the dataset's official layout, and torchvision told the sums to match."""
-    reader = CIFAR100 if dataset == "cifar100" else CIFAR10
-    files = folder / ARCHIVES[dataset].folder
-    files.mkdir(parents=True)
-
-    def write(name: str, content: object) -> list[str]:
-        data = pickle.dumps(content, protocol=2)
-        (files / name).write_bytes(data)
-        return [name, hashlib.md5(data).hexdigest()]
-
-    def batch(name: str) -> list[str]:
-        data = OldArray(np.stack([pixels(name, str(i)).transpose(2, 0, 1).ravel() for i in range(10)]))
-        if dataset == "cifar10":
-            return write(name, {"data": data, "labels": LABELS[dataset]})
-        return write(name, {"data": data, "fine_labels": LABELS[dataset], "coarse_labels": [i % 3 for i in range(10)]})
-
-    names = [f"class_{i}" for i in range(max(LABELS[dataset]) + 1)]
-    content = {"label_names": names} if dataset == "cifar10" else {"fine_label_names": names, "coarse_label_names": []}
-    for attribute in ("train_list", "test_list"):
-        monkeypatch.setattr(reader, attribute, [batch(name) for name, _ in getattr(reader, attribute)])
-    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": write(reader.meta["filename"], content)[1]})
-    return files
-
-
-LABELS = {"cifar10": [(i * 7 + 3) % 10 for i in range(10)], "cifar100": [99 - 11 * i for i in range(10)]}
 
 
 @pytest.mark.parametrize("dataset", ARCHIVES)

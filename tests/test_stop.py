@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from test_fit import SHAPES, assert_same_run
+from helpers import ROOT, SHAPES, assert_same_run
 
 import lit_cifar.fit
 from lit_cifar.errors import UserError
@@ -173,13 +172,10 @@ def test_a_damaged_state_is_named_and_passed_over(capsys: pytest.CaptureFixture[
         find_checkpoint("auto", Path())
 
 
-def test_if_any_starts_a_run_where_there_is_none_and_goes_on_where_there_is_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_if_any_starts_a_run_where_there_is_none_and_goes_on_where_there_is_one() -> None:
     args = [*SHAPES, "--batch_size", "500", "--max_epochs", "1", "--resume", "if-any"]
     lit_cifar.fit.main(args)
     assert sorted(os.listdir("lightning_logs")) == ["version_0"]
-    monkeypatch.delenv("LIT_CIFAR_RESUME", raising=False)
     lit_cifar.fit.main([*args, "--max_epochs", "2"])
     assert sorted(os.listdir("lightning_logs")) == ["version_0"]
     assert torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1

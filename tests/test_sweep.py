@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, assert_same_run, results, scalars, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-from test_fit import assert_same_run, results, scalars, weights
 
 import lit_cifar.fit
 from lit_cifar import runs, sweep

@@ -7,8 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import Run, followed
-from test_fit import SHAPES
+from helpers import SHAPES, Run, followed
 
 import lit_cifar.fit
 from lit_cifar import log
@@ -90,7 +89,7 @@ def test_a_healthy_training_is_told_nothing(capsys: pytest.CaptureFixture[str]) 
 def test_the_rank_that_the_others_wait_for_is_named_once_by_the_first(run_command: Run) -> None:
     slow = '[{"class_path": "faults.SlowTransform", "init_args": {"seconds": 0.02, "rank": 1}}]'
     flags = [*STEPS, "--trainer.max_steps", "30", "--data.transform", slow, "--data.num_workers", "0", "--devices", "2"]
-    done = run_command("lit_cifar.fit", *flags, PYTHONPATH=_with_faults())
+    done = run_command("lit_cifar.fit", *flags)
     assert done.returncode == 0, done.stderr
     (warning,) = _warnings(done.stderr)
     host = re.escape(socket.gethostname())
@@ -101,11 +100,6 @@ def test_the_rank_that_the_others_wait_for_is_named_once_by_the_first(run_comman
     assert float(found[1]) >= 80, "4 images of 20 ms, and the forward pass"
     assert float(found[1]) > float(found[2])
     assert f"wait for it (step {5 * IN_A_ROW})" in warning
-
-
-def _with_faults() -> str:
-    tests = Path(__file__).resolve().parent
-    return f"{tests.parent}:{tests}"
 
 
 @pytest.mark.parametrize("devices", ["1", "2"])
@@ -133,7 +127,7 @@ def test_a_training_whose_lines_nobody_reads_on_ends_without_a_traceback() -> No
 @pytest.mark.parametrize("level", log.LEVELS)
 def test_the_level_decides_what_is_said_and_results_are_always(level: str, run_command: Run) -> None:
     flags = [*STEPS, "--trainer.max_steps", "30", *_callback("ScaleWeights", step=12, factor=5.0)]
-    done = run_command("lit_cifar.fit", *flags, "--log_level", level, PYTHONPATH=_with_faults())
+    done = run_command("lit_cifar.fit", *flags, "--log_level", level)
     assert done.returncode == 0, done.stderr
     assert "Accuracy on the 2,000 test images" in done.stdout
     assert ("training 62,006 parameters" in done.stdout) == (level in ("debug", "info"))

@@ -1,9 +1,8 @@
-"""Kills trainings with SIGKILL at random moments, resumes them, and compares what is left in the end with a run that
-nobody killed. A signal that a training can answer is tests/test_stop.py's, faults of a cluster are test_slurm.py's."""
+"""Kills training runs with SIGKILL at random moments, resumes them, and compares what is left in the end with a run
+that nobody killed. Signals that a run can answer are in tests/test_stop.py, faults of a cluster in test_slurm.py."""
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import random
@@ -15,13 +14,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-SHAPES = ["--dataset", "shapes", "--accelerator", "cpu"]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers import ROOT, SHAPES, results, scalars, weights
+
 AUGMENT = ["--data.augment.crop", "4", "--data.augment.flip", "random", "--data.augment.cutout", "8"]
 OFTEN = ["--checkpoint.every_n_train_steps", "7", "--trainer.log_every_n_steps", "10", "--data.num_val", "500"]
 RECIPES = {
@@ -41,7 +40,7 @@ RECIPES = {
 }
 MOMENTS = ("start", "train", "save", "save", "test")
 ENDS_WITHIN = 60  # seconds, for the ranks that are left when one is killed
-ITS_OWN = ("seconds", "peak_memory", "when", "commit")  # what no two runs share in results.json
+ITS_OWN = {"seconds", "peak_memory", "when", "commit"}  # what no two runs share in results.json
 
 
 class Training:
@@ -52,7 +51,6 @@ class Training:
         self.args = args
         self.log = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(num_threads)}
-        env.pop("LIT_CIFAR_RESUME", None)
         self.started = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -235,14 +233,14 @@ def _run(place: Path) -> Path:
 def differences(run: Path, whole: Path) -> list[str]:
     """How a run differs from one that was left alone: weights, TensorBoard's scalars, results.json, debris."""
     found = []
-    ours, theirs = _weights(run), _weights(whole)
+    ours, theirs = weights(run.absolute()), weights(whole.absolute())
     if ours.keys() != theirs.keys():
         found.append(f"{run}: other weights: {sorted(ours.keys() ^ theirs.keys())}")
     found += [
         f"{run}: {name} differs" for name in ours.keys() & theirs.keys() if not torch.equal(ours[name], theirs[name])
     ]
 
-    ours_scalars, theirs_scalars = _scalars(run), _scalars(whole)
+    ours_scalars, theirs_scalars = scalars(run.absolute()), scalars(whole.absolute())
     for tag in sorted(ours_scalars.keys() | theirs_scalars.keys()):
         ours_series, theirs_series = ours_scalars.get(tag, []), theirs_scalars.get(tag, [])
         steps = [step for step, _ in ours_series]
@@ -255,30 +253,14 @@ def differences(run: Path, whole: Path) -> list[str]:
         elif ours_series != theirs_series:
             found.append(f"{run}: {tag} differs: {ours_series} and {theirs_series}")
 
-    ours_results, theirs_results = _results(run), _results(whole)
+    ours_results, theirs_results = results(run.absolute()), results(whole.absolute())
     found += [
         f"{run}: {key} in results.json differs"
-        for key in sorted(ours_results.keys() | theirs_results.keys())
+        for key in sorted((ours_results.keys() | theirs_results.keys()) - ITS_OWN)
         if ours_results.get(key) != theirs_results.get(key)
     ]
     found += [f"{path} is left" for path in (run / "checkpoints").glob(".*.part")]
     return found
-
-
-def _weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-
-
-def _scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) by tag, but for the run's speed, which no two runs share."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-
-
-def _results(run: Path) -> dict[str, Any]:
-    return {k: v for k, v in json.loads((run / "results.json").read_text()).items() if k not in ITS_OWN}
 
 
 def main() -> None:
