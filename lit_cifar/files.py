@@ -1,11 +1,33 @@
-"""Files that are whole or absent, whatever happens in between. What is in them is the callers'."""
+"""Files that are whole or absent, whatever happens in between, and paths as people type them. What is in the files
+belongs to those who write them."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from lit_cifar.errors import UserError
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of two letters or more: C:/ is a drive
+
+
+def local_path(path: str | os.PathLike[str], setting: str) -> Path:
+    """The path with ~ expanded.
+
+    Args:
+        path: as somebody typed it.
+        setting: how the message names it, such as "--data_dir".
+
+    Raises:
+        UserError: it is the URL of something elsewhere.
+    """
+    text = os.fspath(path)
+    if URL.match(text):
+        raise UserError(f"{setting} {text} is a URL; give the path of a file or folder on this machine")
+    return Path(os.path.expanduser(text))
 
 
 @contextmanager

@@ -138,7 +138,7 @@ class Sweep:
             raise UserError(f"{self.file}: {error}{hint}") from error
         fit.prepare(self.base, "fit")
         for corner in corners:
-            corner.datamodule.use_images_of(data)
+            corner.datamodule.adopt_prepared(data)
             fit.prepare(corner)
 
     @contextlib.contextmanager
@@ -248,7 +248,7 @@ class Sweep:
             reason = None
             try:
                 command = self.command(trial.params)
-                command.datamodule.use_images_of(self.base.datamodule)
+                command.datamodule.adopt_prepared(self.base.datamodule)
                 fit.prepare(command)
             except (UserError, MisconfigurationException) as error:  # of values that do not go together
                 reason = str(error)
@@ -342,7 +342,7 @@ class Sweep:
             return
         checkpoint = read_checkpoint(last)
         command = self.command(best.params, resume=(last, checkpoint["global_step"]))
-        command.datamodule.use_images_of(self.base.datamodule)
+        command.datamodule.adopt_prepared(self.base.datamodule)
         fit.prepare(command, "test")
         # the test stands at the training's last step, as it does in a run of fit
         command.trainer.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])

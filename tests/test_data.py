@@ -16,12 +16,14 @@ from test_sources import write_official
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_cifar.data import sources
+from lit_cifar.data import tree
+from lit_cifar.data.archives import ARCHIVES, CIFAR10, CIFAR100, Archive
 from lit_cifar.data.augment import Augment
-from lit_cifar.data.datamodule import CIFAR10DataModule, split_validation
-from lit_cifar.data.download import ARCHIVES, CIFAR10, CIFAR100, Archive
+from lit_cifar.data.cache import cache_dir
+from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.data.loader import DeviceLoader
-from lit_cifar.data.sources import Split, read_official
+from lit_cifar.data.official import read_official
+from lit_cifar.data.split import Split, split_validation
 from lit_cifar.errors import UserError
 
 
@@ -115,7 +117,7 @@ def test_the_test_set_stays_unread_in_training(monkeypatch: pytest.MonkeyPatch) 
         read.append(train)
         return make_split(20, 20)
 
-    monkeypatch.setattr("lit_cifar.data.sources.draw_shapes", draw)
+    monkeypatch.setattr("lit_cifar.data.shapes.draw_shapes", draw)
     data = CIFAR10DataModule(dataset="shapes")
     data.setup("fit")
     data.setup("fit")
@@ -126,7 +128,7 @@ def test_the_test_set_stays_unread_in_training(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_transform_replaces_the_built_in_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_cifar.data.sources.draw_shapes", lambda train: make_split(100, 100))
+    monkeypatch.setattr("lit_cifar.data.shapes.draw_shapes", lambda train: make_split(100, 100))
     transform = [v2.RandomInvert(p=1.0), v2.RandomPosterize(bits=1, p=1.0)]
     data = CIFAR10DataModule(dataset="shapes", augment=Augment(cutout=40), transform=transform, num_workers=0)
     data.setup("fit")
@@ -251,8 +253,8 @@ def test_an_official_archive_is_unpacked_into_the_cache_once(
         data.prepare_data()
         data.setup("test")
         assert torch.equal(data.test.images, read_official(files, dataset, train=False).images)
-        monkeypatch.setattr("lit_cifar.data.download.unpack", lambda *_: pytest.fail("unpacked again"))
-    assert (sources.cache_dir() / dataset / files.name).is_dir()
+        monkeypatch.setattr("lit_cifar.data.archives.unpack", lambda *_: pytest.fail("unpacked again"))
+    assert (cache_dir() / dataset / files.name).is_dir()
     other = "cifar10" if dataset == "cifar100" else "cifar100"
     with pytest.raises(UserError, match=f"add --dataset {dataset}"):
         CIFAR10DataModule(data_dir=str(archive), dataset=other).prepare_data()
@@ -288,8 +290,8 @@ def test_a_tree_of_images_is_read_class_by_class(
 
 def test_a_prepared_tree_is_listed_once(tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = []
-    list_tree = sources._list_tree
-    monkeypatch.setattr(sources, "_list_tree", lambda path: listed.append(path) or list_tree(path))
+    list_tree = tree._list_tree
+    monkeypatch.setattr(tree, "_list_tree", lambda path: listed.append(path) or list_tree(path))
     data = CIFAR10DataModule(data_dir=str(tmp_path / "tree"), batch_size=3)
     for stage in ("fit", "test"):
         data.prepare_data()
@@ -300,7 +302,7 @@ def test_a_prepared_tree_is_listed_once(tmp_path: Path, pixels: np.ndarray, monk
 def test_a_cache_damaged_after_it_was_prepared_is_decoded_again(tmp_path: Path, pixels: np.ndarray) -> None:
     data = CIFAR10DataModule(data_dir=str(tmp_path / "tree"), batch_size=3)
     data.prepare_data()
-    (cache_file,) = sources.cache_dir().glob("*.zip")
+    (cache_file,) = cache_dir().glob("*.zip")
     cache_file.write_bytes(cache_file.read_bytes()[:2000])
     data.setup("test")
     assert torch.equal(data.test.images, torch.from_numpy(pixels[1].reshape(8, 32, 32, 3)).permute(0, 3, 1, 2))

@@ -20,7 +20,8 @@ from PIL import Image
 
 import lit_cifar.predict
 from lit_cifar import load
-from lit_cifar.data import shapes, sources
+from lit_cifar.data import shapes
+from lit_cifar.data.tree import Tree
 from lit_cifar.errors import UserError
 
 NUM_DRAWN = 12
@@ -105,7 +106,7 @@ def test_images_of_any_size_become_the_pixels_that_training_reads(checkpoint: Pa
         Path(f"tree/{split}/noise").mkdir(parents=True)
         for name in names:
             Path(f"tree/{split}/noise/{name}").symlink_to(Path(name).absolute())
-    expected = sources.read_tree(Path("tree"), train=False).images
+    expected = Tree(Path("tree")).read(train=False).images
     batches = list(lit_cifar.predict._batches(((name, None) for name in names), 99))
     assert [image.data for image in batches[0]] == [image.numpy().tobytes() for image in expected]
 

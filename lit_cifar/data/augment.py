@@ -1,11 +1,12 @@
-"""Crop, flip, cutout and colour as arithmetic on a batch of uint8 images. Random state, epochs and normalisation are
-not here: `draw` takes a generator, and what it draws is handed to `apply`."""
+"""Crop, flip, cutout and colour as arithmetic on a batch of uint8 images. Nothing here knows epochs: `draw` takes a
+generator that loader.py has seeded, and `apply` takes what was drawn."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
 CUTOUT_FILL = 122  # grey of 0..255, about CIFAR-10's mean pixel, so that the net sees some zeros after normalising
@@ -46,12 +47,12 @@ class Augment:
             off.
     """
 
-    crop: int = 0
+    crop: NonNegativeInt = 0
     pad: Literal["zeros", "reflect"] = "zeros"
     flip: Literal["none", "random", "alternating"] = "none"
-    cutout: int = 0
-    brightness: float = 0.0
-    contrast: float = 0.0
+    cutout: NonNegativeInt = 0
+    brightness: NonNegativeFloat = 0.0
+    contrast: NonNegativeFloat = 0.0
 
     def draw(self, num_images: int, generator: torch.Generator) -> Draws:
         """Draws for `num_images` images from a CPU generator; the same state gives the same draws.

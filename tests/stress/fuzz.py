@@ -34,7 +34,9 @@ from PIL import Image
 
 import lit_cifar.fit
 import lit_cifar.predict
-from lit_cifar.data import sources
+from lit_cifar.data import images
+from lit_cifar.data.source import find_source
+from lit_cifar.data.tree import Tree
 from lit_cifar.errors import UserError
 from lit_cifar.model.classifier import load
 from lit_cifar.model.module import LitClassifier
@@ -226,18 +228,18 @@ def targets(done: list[float]) -> dict[str, tuple[int, Callable[..., None]]]:
     @given(st.sampled_from(sorted(pictures)), changes, st.booleans())
     def image_bytes(kind: str, changes: list[Any], any_format: bool) -> None:
         with judged(done):
-            pixels, _ = sources.decode_image(
-                changed(pictures[kind], changes), None if any_format else sources.IMAGE_FORMATS
+            pixels, _ = images.decode_image(
+                changed(pictures[kind], changes), None if any_format else images.IMAGE_FORMATS
             )
-            assert len(pixels) == sources.IMAGE_BYTES
+            assert len(pixels) == images.IMAGE_BYTES
 
     @given(st.sampled_from(sorted(packed)), changes)
     def archive_bytes(kind: str, changes: list[Any]) -> None:
         path = Path(f"fuzz{kind}")
         path.write_bytes(changed(packed[kind], changes))
         with judged(done):
-            sources.find_source(path, "cifar10")
-            sources.read_tree(path, True)
+            find_source(path, "cifar10")
+            Tree(path).read(True)
 
     @given(changes)
     def checkpoint_bytes(changes: list[Any]) -> None:
