@@ -1,4 +1,4 @@
-"""`python -m lit_cifar.predict`: tells what images show. images.py makes pixels of images, classifier.py has the net."""
+"""`python -m lit_cifar.predict`: tells what images show. images.py decodes them, classifier.py has the net."""
 
 import csv
 import functools

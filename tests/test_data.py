@@ -16,6 +16,7 @@ from test_sources import write_official
 from torch import Tensor
 from torchvision.transforms import v2
 
+import lit_cifar.fit
 from lit_cifar.data import tree
 from lit_cifar.data.archives import ARCHIVES, CIFAR10, CIFAR100, Archive
 from lit_cifar.data.augment import Augment
@@ -314,6 +315,66 @@ def test_a_tree_decides_its_classes(tmp_path: Path, pixels: np.ndarray, dataset:
     assert data.count_classes() == 2
     data.setup("fit")
     assert data.classes == ("ant", "bee")
+
+
+def test_what_another_data_module_found_leaves_the_mirrors_to_this_one(
+    tmp_path: Path, fetched: list[tuple[Any, ...]]
+) -> None:
+    other = CIFAR10DataModule(data_dir=str(tmp_path / "none"))
+    other.count_classes()
+    data = CIFAR10DataModule(data_dir=str(tmp_path / "none"), mirrors=["file:///mnt/mirror"])
+    data.adopt_prepared(other)
+    data.prepare_data()
+    assert fetched == [(tmp_path / "none", CIFAR10, ["file:///mnt/mirror"])]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LIT_CIFAR_CACHE", "~/decoded")
+    assert CIFAR10DataModule(data_dir="~/tree").count_classes() == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decoded", "tree"]
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/cifar", "hf://datasets/cifar10", "https://host/cifar.tar.gz", "gs://b/c", "file:///mnt/cifar"]
+)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_url_is_no_data_dir(url: str, kind: type) -> None:
+    with pytest.raises(UserError, match=r"--data_dir [a-z0-9]+:.*cifar.* a URL; give the path of .* on this machine"):
+        CIFAR10DataModule(data_dir=kind(url))
+    assert list(Path().iterdir()) == []
+
+
+def test_the_cache_folder_is_no_url(tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_CIFAR_CACHE", "s3://bucket/cache")
+    with pytest.raises(UserError, match="LIT_CIFAR_CACHE s3://bucket/cache is a URL"):
+        CIFAR10DataModule(data_dir=str(tmp_path / "tree")).prepare_data()
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--batch_size", "0"),
+        ("--data.eval_batch_size", "0"),
+        ("--data.num_val", "-1"),
+        ("--data.num_workers", "-1"),
+        ("--data.augment.crop", "-1"),
+        ("--data.augment.cutout", "-1"),
+        ("--data.augment.brightness", "-0.1"),
+        ("--data.augment.contrast", "-0.1"),
+    ],
+)
+def test_a_number_out_of_range_ends_in_one_line_before_anything_happens(
+    flag: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CIFAR10DataModule, "__init__", lambda *_, **__: pytest.fail("made a data module"))
+    with pytest.raises(UserError) as raised:
+        lit_cifar.fit.main(["--dataset", "shapes", "--trainer.max_steps", "1", flag, value])
+    assert str(raised.value).startswith(f"{flag}: ")
+    assert value in str(raised.value)
+    assert str(raised.value).isprintable()
+    assert list(Path().iterdir()) == []
 
 
 def test_classes_are_counted_without_a_download(tmp_path: Path, fetched: list[tuple[Any, ...]]) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 import lit_cifar.predict
 from lit_cifar import load
-from lit_cifar.data import shapes
+from lit_cifar.data.shapes import draw_shapes
 from lit_cifar.data.tree import Tree
 from lit_cifar.errors import UserError
 
@@ -35,12 +35,12 @@ def checkpoint(trained: Path) -> Path:
 @pytest.fixture
 def drawn() -> Iterator[torch.Tensor]:
     """Test images (N, 3, 32, 32), which stand in drawn/ as PNGs in their order."""
-    images, _ = shapes.draw(train=False)
+    images = draw_shapes(train=False).images[:: 2000 // NUM_DRAWN][:NUM_DRAWN]
     Path("drawn/more").mkdir(parents=True)
-    for number, image in enumerate(images[:: 2000 // NUM_DRAWN][:NUM_DRAWN]):
+    for number, image in enumerate(images):
         folder = "drawn" if number < 8 else "drawn/more"
-        Image.fromarray(image.transpose(1, 2, 0)).save(f"{folder}/{number:02}.png")
-    return torch.from_numpy(images[:: 2000 // NUM_DRAWN][:NUM_DRAWN])
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{folder}/{number:02}.png")
+    return images
 
 
 def predict(checkpoint: Path, *args: object) -> None:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
+from lit_cifar.errors import UserError
+
 CUTOUT_FILL = 122  # grey of 0..255, about CIFAR-10's mean pixel, so that the net sees some zeros after normalising
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601 weights, as in torchvision's rgb_to_grayscale
 
@@ -37,7 +39,7 @@ class Augment:
 
     Args:
         crop: pixels of padding on each side before a random 32x32 crop; 0 is off.
-        pad: what the padding holds: 'zeros' or the image 'reflected'.
+        pad: what the padding holds: 'zeros', or the image reflected ('reflect'), at most 31 pixels of it.
         flip: mirror left to right: 'random' with probability 1/2 in each epoch; 'alternating' flips a random half in
             the first epoch and each image the other way in every next one (arXiv 2404.00498, section 3.6).
         cutout: side in pixels of a grey square at a random place, partly outside near the border (arXiv 1708.04552);
@@ -45,6 +47,9 @@ class Augment:
         brightness: pixels are multiplied by a factor from [1 - brightness, 1 + brightness]; 0 is off.
         contrast: distance to the image's mean grey is multiplied by a factor from [1 - contrast, 1 + contrast]; 0 is
             off.
+
+    Raises:
+        UserError: more pixels are to be reflected than an image has.
     """
 
     crop: NonNegativeInt = 0
@@ -53,6 +58,12 @@ class Augment:
     cutout: NonNegativeInt = 0
     brightness: NonNegativeFloat = 0.0
     contrast: NonNegativeFloat = 0.0
+
+    def __post_init__(self) -> None:
+        if self.pad == "reflect" and self.crop > 31:
+            raise UserError(
+                f"--data.augment.crop {self.crop} does not go with --data.augment.pad reflect: choose 31 or less"
+            )
 
     def draw(self, num_images: int, generator: torch.Generator) -> Draws:
         """Draws for `num_images` images from a CPU generator; the same state gives the same draws.

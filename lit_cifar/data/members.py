@@ -6,7 +6,6 @@ import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -40,18 +39,17 @@ def read_members(path: Path, is_wanted: Callable[[tuple[str, ...]], bool]) -> It
         UserError: the archive is damaged or cut short, or a wanted member has more than MAX_MEMBER_BYTES.
     """
     try:
-        with closing(_zip_members(path) if zipfile.is_zipfile(path) else _tar_members(path)) as members:
-            for name, read, num_bytes in members:
-                parts = tuple(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
-                if read is None:
-                    yield Member(parts, None)
-                elif is_wanted(parts):
-                    if num_bytes > MAX_MEMBER_BYTES:
-                        raise UserError(
-                            f"{path}: {printable(name)} has {num_bytes} bytes, more than the {MAX_MEMBER_BYTES} that "
-                            "an image may have; shrink or remove it"
-                        )
-                    yield Member(parts, read())
+        for name, read, num_bytes in _zip_members(path) if zipfile.is_zipfile(path) else _tar_members(path):
+            parts = tuple(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+            if read is None:
+                yield Member(parts, None)
+            elif is_wanted(parts):
+                if num_bytes > MAX_MEMBER_BYTES:
+                    raise UserError(
+                        f"{path}: {printable(name)} has {num_bytes} bytes, more than the {MAX_MEMBER_BYTES} that an "
+                        "image may have; shrink or remove it"
+                    )
+                yield Member(parts, read())
     except UserError:
         raise
     except Exception as error:  # tarfile, zipfile, lzma, zlib and gzip raise a dozen kinds for damage

@@ -1,4 +1,4 @@
-"""Random streams that follow from a key alone. What is drawn from them belongs to split.py, augment.py and loader.py."""
+"""Random streams that follow from a key alone. What is drawn from them is decided in split.py and loader.py."""
 
 import hashlib
 

@@ -2,15 +2,15 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 from lit_cifar.data.archives import ARCHIVES
+from lit_cifar.data.cache import SPLITS
 from lit_cifar.data.members import ARCHIVE_SUFFIXES
 from lit_cifar.data.official import OfficialArchive, OfficialFiles, official_folder, other_dataset, published_in
 from lit_cifar.data.shapes import Shapes
 from lit_cifar.data.split import Split
-from lit_cifar.data.tree import SPLITS, Tree
+from lit_cifar.data.tree import Tree
 from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
 

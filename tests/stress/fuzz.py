@@ -34,7 +34,7 @@ from PIL import Image
 
 import lit_cifar.fit
 import lit_cifar.predict
-from lit_cifar.data import images
+from lit_cifar.data.images import IMAGE_BYTES, IMAGE_FORMATS, decode_image
 from lit_cifar.data.source import find_source
 from lit_cifar.data.tree import Tree
 from lit_cifar.errors import UserError
@@ -228,10 +228,8 @@ def targets(done: list[float]) -> dict[str, tuple[int, Callable[..., None]]]:
     @given(st.sampled_from(sorted(pictures)), changes, st.booleans())
     def image_bytes(kind: str, changes: list[Any], any_format: bool) -> None:
         with judged(done):
-            pixels, _ = images.decode_image(
-                changed(pictures[kind], changes), None if any_format else images.IMAGE_FORMATS
-            )
-            assert len(pixels) == images.IMAGE_BYTES
+            pixels, _ = decode_image(changed(pictures[kind], changes), None if any_format else IMAGE_FORMATS)
+            assert len(pixels) == IMAGE_BYTES
 
     @given(st.sampled_from(sorted(packed)), changes)
     def archive_bytes(kind: str, changes: list[Any]) -> None:
