@@ -336,7 +336,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, pixels: np.ndarray, monkeypa
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://bucket/cifar", "hf://datasets/cifar10", "https://host/cifar.tar.gz", "gs://b/c", "file:///mnt/cifar"]
+    "url", ["s3://bucket/cifar", "hf://datasets/cifar10", "https://host/cifar.tar.gz", "gs://cifar/x", "file:///mnt/cifar"]
 )
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_url_is_no_data_dir(url: str, kind: type) -> None:
