@@ -336,7 +336,8 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, pixels: np.ndarray, monkeypa
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://bucket/cifar", "hf://datasets/cifar10", "https://host/cifar.tar.gz", "gs://cifar/x", "file:///mnt/cifar"]
+    "url",
+    ["s3://bucket/cifar", "hf://datasets/cifar10", "https://host/cifar.tar.gz", "gs://cifar/x", "file:///mnt/cifar"],
 )
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_url_is_no_data_dir(url: str, kind: type) -> None:
@@ -368,7 +369,7 @@ def test_the_cache_folder_is_no_url(tmp_path: Path, pixels: np.ndarray, monkeypa
 def test_a_number_out_of_range_ends_in_one_line_before_anything_happens(
     flag: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CIFAR10DataModule, "__init__", lambda *_, **__: pytest.fail("made a data module"))
+    monkeypatch.setattr("lit_cifar.data.datamodule.find_source", lambda *_: pytest.fail("looked for data"))
     with pytest.raises(UserError) as raised:
         lit_cifar.fit.main(["--dataset", "shapes", "--trainer.max_steps", "1", flag, value])
     assert str(raised.value).startswith(f"{flag}: ")
