@@ -107,7 +107,7 @@ def _draw_tree() -> None:
     for split, number in (("train", 1), ("test", 300)):
         Path(f"tree/{split}/some").mkdir(parents=True)
         for index, image in enumerate(draw_shapes(train=False).images[:number]):
-            Image.fromarray(image.transpose(1, 2, 0)).save(f"tree/{split}/some/{index}.png")
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"tree/{split}/some/{index}.png")
 
 
 def _train(name: str) -> Path:
