@@ -1,5 +1,4 @@
-"""Files that are whole or absent, whatever happens in between, and paths as people type them. What is in the files
-belongs to those who write them."""
+"""Files that are whole or absent, whatever happens in between. What is in them is the callers'."""
 
 import os
 import re
@@ -10,24 +9,6 @@ from pathlib import Path
 from typing import IO
 
 from lit_cifar.errors import UserError
-
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of two letters or more: C:/ is a drive
-
-
-def local_path(path: str | os.PathLike[str], setting: str) -> Path:
-    """The path with ~ expanded.
-
-    Args:
-        path: as somebody typed it.
-        setting: how the message names it, such as "--data_dir".
-
-    Raises:
-        UserError: it is the URL of something elsewhere.
-    """
-    text = os.fspath(path)
-    if URL.match(text):
-        raise UserError(f"{setting} {text} is a URL; give the path of a file or folder on this machine")
-    return Path(os.path.expanduser(text))
 
 
 @contextmanager
@@ -58,6 +39,35 @@ def write_durably(path: Path, data: bytes) -> None:
     """Writes `data` to `path`, whole or not at all, and onto the disk before it returns."""
     with replaced(path) as file:
         file.write(data)
+
+
+@contextmanager
+def writing(path: Path, way_out: str) -> Iterator[None]:
+    """Around what writes `path`: says in one line that it cannot be written, and the way out.
+
+    Raises:
+        UserError: the disk is full, a folder is in the way, the place cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): {way_out}") from error
+
+
+def local_path(path: str | os.PathLike[str], setting: str) -> Path:
+    """The path with ~ expanded.
+
+    Args:
+        path: as it was typed.
+        setting: where, such as "--data_dir", for the message.
+
+    Raises:
+        UserError: it is the URL of something elsewhere.
+    """
+    text = os.fspath(path)
+    if found := re.match(r"([a-zA-Z][\w+.-]+)://?", text):
+        raise UserError(f"{setting} {text}: {found[1]}:// is not supported here; name a path on this machine")
+    return Path(text).expanduser()
 
 
 def sync_folder(folder: Path) -> None:
