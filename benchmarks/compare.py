@@ -304,8 +304,8 @@ DECODE = """
 from pathlib import Path
 from lit_cifar import cli, fit
 from lit_cifar.results import report
-from lit_cifar.data import sources
-sources.prepare_tree(Path({!r}))
+from lit_cifar.data.source import find_source
+find_source({!r}).prepare()
 print(report.peak_memory()["resident"])
 """
 

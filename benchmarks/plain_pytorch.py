@@ -22,7 +22,8 @@ from torch import nn, optim  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
-from lit_cifar.data.sources import Split, read_tree  # noqa: E402
+from lit_cifar.data.source import find_source  # noqa: E402
+from lit_cifar.data.split import Split  # noqa: E402
 
 
 class Images(Dataset):
@@ -49,7 +50,8 @@ def parse_args() -> argparse.Namespace:
 def read(data_dir: Path) -> tuple[Images, Images]:
     """Training and test images with the tutorial's transforms."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
-    return Images(read_tree(data_dir, True), transform), Images(read_tree(data_dir, False), transform)
+    source = find_source(data_dir)
+    return Images(source.read(True), transform), Images(source.read(False), transform)
 
 
 class Net(nn.Module):

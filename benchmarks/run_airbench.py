@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lit_cifar.data.sources import read_tree
+from lit_cifar.data.source import find_source
 
 EDITS = (
     ('torch.device("cuda")', 'torch.device("cpu")'),
@@ -51,7 +51,7 @@ def write_data(data_dir: Path, folder: Path) -> None:
     """Writes train.pt and test.pt as the peers read them."""
     folder.mkdir()
     for name in ("train", "test"):
-        split = read_tree(data_dir, name == "train")
+        split = find_source(data_dir).read(name == "train")
         images = split.images.permute(0, 2, 3, 1).contiguous()
         torch.save({"images": images, "labels": split.labels, "classes": list(split.classes)}, folder / f"{name}.pt")
 

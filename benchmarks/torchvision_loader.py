@@ -12,7 +12,7 @@ from plain_pytorch import Images
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from lit_cifar.data.sources import read_tree
+from lit_cifar.data.source import find_source
 
 
 def main() -> None:
@@ -28,7 +28,9 @@ def main() -> None:
             transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
         ]
     )
-    loader = DataLoader(Images(read_tree(args.data_dir, True), transform), batch_size=512, shuffle=True, num_workers=2)
+    loader = DataLoader(
+        Images(find_source(args.data_dir).read(True), transform), batch_size=512, shuffle=True, num_workers=2
+    )
     num_images = 0
     for batch, (images, _) in enumerate(loader):
         if batch == 5:  # the workers run, their queues are as full as they get

@@ -19,8 +19,8 @@ from torch import Tensor
 import lit_cifar
 from lit_cifar.cli import machine
 from lit_cifar.cli.parser import NetParser
-from lit_cifar.data import sources
-from lit_cifar.data.datamodule import DEFAULT_DATA_DIR, CIFAR10DataModule
+from lit_cifar.data.official import DEFAULT_DATA_DIR
+from lit_cifar.data.source import find_source
 from lit_cifar.errors import UserError
 from lit_cifar.files import write_durably
 from lit_cifar.model.classifier import load
@@ -128,19 +128,15 @@ def _test_images(run: dict[str, Any], data_dir: str | None, dataset: str | None)
     """
     dataset = dataset or ("cifar10" if data_dir and run["dataset"] == "shapes" else run["dataset"])
     folder = data_dir or run["data_dir"] or DEFAULT_DATA_DIR
-    name = "the embedded shapes"
-    if dataset != "shapes":
-        if sources.find_source(Path(folder), dataset) != "nothing":
-            name = folder
-        elif data_dir:
+    source = find_source(folder, dataset)
+    name = "the embedded shapes" if dataset == "shapes" else folder
+    if not source.is_here:
+        if data_dir:
             raise UserError(f"--data_dir {data_dir} holds no images to compare on")
-        else:
-            name += f" (the run's, in {folder}, are not on this machine)"
-            dataset = "shapes"
-    data = CIFAR10DataModule(folder, dataset)  # type: ignore[arg-type]
-    data.prepare_data()
-    data.setup("test")
-    return data.test.images, name
+        source = find_source(folder, "shapes")
+        name = f"the embedded shapes (the run's, in {folder}, are not on this machine)"
+    source.prepare()
+    return source.read(train=False).images, name
 
 
 @contextlib.contextmanager

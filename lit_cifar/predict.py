@@ -1,4 +1,4 @@
-"""`python -m lit_cifar.predict`: tells what images show. How an image becomes pixels is sources', the net module's."""
+"""`python -m lit_cifar.predict`: tells what images show. images.py decodes them, classifier.py has the net."""
 
 import csv
 import functools
@@ -16,7 +16,7 @@ import torch
 
 from lit_cifar.cli import machine
 from lit_cifar.cli.parser import NetParser
-from lit_cifar.data.sources import IMAGE_SUFFIXES, decode_image, in_order
+from lit_cifar.data.images import IMAGE_SUFFIXES, decode_image, in_order
 from lit_cifar.errors import UserError
 from lit_cifar.model.classifier import load
 from lit_cifar.model.module import Classifier

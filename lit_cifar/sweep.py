@@ -135,7 +135,7 @@ class Sweep:
             raise UserError(f"{self.file}: {error}{hint}") from error
         fit.prepare(self.base, "fit")
         for corner in corners:
-            corner.datamodule.use_images_of(data)
+            corner.datamodule.adopt_prepared(data)
             fit.prepare(corner)
 
     @contextlib.contextmanager
@@ -245,7 +245,7 @@ class Sweep:
             reason = None
             try:
                 command = self.command(trial.params)
-                command.datamodule.use_images_of(self.base.datamodule)
+                command.datamodule.adopt_prepared(self.base.datamodule)
                 fit.prepare(command)
             except (UserError, MisconfigurationException) as error:  # of values that do not go together
                 reason = str(error)
@@ -340,7 +340,7 @@ class Sweep:
             return
         state = read_checkpoint(last)
         command = self.command(best.params, state)
-        command.datamodule.use_images_of(self.base.datamodule)
+        command.datamodule.adopt_prepared(self.base.datamodule)
         fit.prepare(command, "test")
         command.begin()
         # the test stands at the training run's last step, and knows its best, as it does in a run of fit

@@ -18,7 +18,7 @@ pytest.register_assert_rewrite("helpers")
 from helpers import PYTHONPATH, Run  # noqa: E402
 
 import lit_cifar.fit  # noqa: E402
-from lit_cifar.data import sources  # noqa: E402
+from lit_cifar.data import shapes  # noqa: E402
 
 # LightningCLI 2.6.6 calls names that jsonargparse 4.49 deprecates; not ours to fix
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -37,13 +37,13 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     torch.set_rng_state(random_state)
 
 
-drawn = functools.cache(sources.draw_shapes)
+drawn = functools.cache(shapes.draw_shapes)
 
 
 @pytest.fixture(autouse=True)
 def _shapes_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """To draw them takes longer than many a test's training run. test_shapes.py draws them itself."""
-    monkeypatch.setattr(sources, "draw_shapes", lambda train: copy.deepcopy(drawn(train)))
+    monkeypatch.setattr(shapes, "draw_shapes", lambda train: copy.deepcopy(drawn(train)))
 
 
 @pytest.fixture(scope="session")

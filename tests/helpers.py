@@ -21,7 +21,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from lit_cifar.data.download import ARCHIVES
+from lit_cifar.data.archives import ARCHIVES
 from lit_cifar.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
 from lit_cifar.data.augment import CUTOUT_FILL, Augment, Draws
+from lit_cifar.errors import UserError
 
 ALL = Augment(crop=4, pad="reflect", flip="random", cutout=8, brightness=0.3, contrast=0.4)
 SWITCHES = {"crop": 2, "flip": "random", "cutout": 8, "brightness": 0.3, "contrast": 0.4}
@@ -121,3 +122,11 @@ def test_images_keep_shape_and_dtype_and_the_originals_stay_as_they_were(kind: s
     assert torch.equal(images, before)
     none = augment.apply(images[:0], augment.draw(0, generator()))  # a rank's share of a short batch may be empty
     assert (none.shape, none.dtype) == ((0, 3, 32, 32), torch.uint8)
+
+
+def test_no_more_pixels_are_reflected_than_an_image_has() -> None:
+    widest = Augment(crop=31, pad="reflect")
+    images = make_images(4)
+    assert widest.apply(images, widest.draw(4, generator())).shape == images.shape
+    with pytest.raises(UserError, match=r"crop 32 does not go with .*pad reflect: choose 31 or less"):
+        Augment(crop=32, pad="reflect")

@@ -22,7 +22,7 @@ from lit_cifar import errors
 from lit_cifar.cli import machine
 from lit_cifar.cli.command import CLI, set_up
 from lit_cifar.cli.parser import SHORT_FLAGS
-from lit_cifar.data import sources
+from lit_cifar.data import tree as tree_module
 from lit_cifar.errors import UserError
 
 VALUES = {
@@ -237,8 +237,8 @@ def test_a_number_of_classes_found_is_as_good_as_one_typed(tree: Path) -> None:
 
 def test_a_tree_is_listed_once_for_the_net_and_the_data(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = []
-    list_tree = sources._list_tree
-    monkeypatch.setattr(sources, "_list_tree", lambda path: listed.append(path) or list_tree(path))
+    list_tree = tree_module._list_tree
+    monkeypatch.setattr(tree_module, "_list_tree", lambda path: listed.append(path) or list_tree(path))
     data = make_cli(["--data_dir", "tree"]).datamodule
     data.prepare_data()
     data.setup("fit")

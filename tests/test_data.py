@@ -16,12 +16,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_cifar.data import sources
+import lit_cifar.fit
+from lit_cifar.data import tree
+from lit_cifar.data.archives import ARCHIVES, CIFAR10, CIFAR100, Archive
 from lit_cifar.data.augment import Augment
-from lit_cifar.data.datamodule import CIFAR10DataModule, split_validation
-from lit_cifar.data.download import ARCHIVES, CIFAR10, CIFAR100, Archive
+from lit_cifar.data.cache import cache_dir
+from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.data.loader import DeviceLoader
-from lit_cifar.data.sources import Split, read_official
+from lit_cifar.data.official import read_official
+from lit_cifar.data.split import Split, split_validation
 from lit_cifar.errors import UserError
 
 
@@ -115,7 +118,7 @@ def test_the_test_set_stays_unread_in_training(monkeypatch: pytest.MonkeyPatch) 
         read.append(train)
         return make_split(20, 20)
 
-    monkeypatch.setattr("lit_cifar.data.sources.draw_shapes", draw)
+    monkeypatch.setattr("lit_cifar.data.shapes.draw_shapes", draw)
     data = CIFAR10DataModule(dataset="shapes")
     data.setup("fit")
     data.setup("fit")
@@ -126,7 +129,7 @@ def test_the_test_set_stays_unread_in_training(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_transform_replaces_the_built_in_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_cifar.data.sources.draw_shapes", lambda train: make_split(100, 100))
+    monkeypatch.setattr("lit_cifar.data.shapes.draw_shapes", lambda train: make_split(100, 100))
     transform = [v2.RandomInvert(p=1.0), v2.RandomPosterize(bits=1, p=1.0)]
     data = CIFAR10DataModule(dataset="shapes", augment=Augment(cutout=40), transform=transform, num_workers=0)
     data.setup("fit")
@@ -251,8 +254,8 @@ def test_an_official_archive_is_unpacked_into_the_cache_once(
         data.prepare_data()
         data.setup("test")
         assert torch.equal(data.test.images, read_official(files, dataset, train=False).images)
-        monkeypatch.setattr("lit_cifar.data.download.unpack", lambda *_: pytest.fail("unpacked again"))
-    assert (sources.cache_dir() / dataset / files.name).is_dir()
+        monkeypatch.setattr("lit_cifar.data.archives.unpack", lambda *_: pytest.fail("unpacked again"))
+    assert (cache_dir() / dataset / files.name).is_dir()
     other = "cifar10" if dataset == "cifar100" else "cifar100"
     with pytest.raises(UserError, match=f"add --dataset {dataset}"):
         CIFAR10DataModule(data_dir=str(archive), dataset=other).prepare_data()
@@ -288,8 +291,8 @@ def test_a_tree_of_images_is_read_class_by_class(
 
 def test_a_prepared_tree_is_listed_once(tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = []
-    list_tree = sources._list_tree
-    monkeypatch.setattr(sources, "_list_tree", lambda path: listed.append(path) or list_tree(path))
+    list_tree = tree._list_tree
+    monkeypatch.setattr(tree, "_list_tree", lambda path: listed.append(path) or list_tree(path))
     data = CIFAR10DataModule(data_dir=str(tmp_path / "tree"), batch_size=3)
     for stage in ("fit", "test"):
         data.prepare_data()
@@ -300,7 +303,7 @@ def test_a_prepared_tree_is_listed_once(tmp_path: Path, pixels: np.ndarray, monk
 def test_a_cache_damaged_after_it_was_prepared_is_decoded_again(tmp_path: Path, pixels: np.ndarray) -> None:
     data = CIFAR10DataModule(data_dir=str(tmp_path / "tree"), batch_size=3)
     data.prepare_data()
-    (cache_file,) = sources.cache_dir().glob("*.zip")
+    (cache_file,) = cache_dir().glob("*.zip")
     cache_file.write_bytes(cache_file.read_bytes()[:2000])
     data.setup("test")
     assert torch.equal(data.test.images, torch.from_numpy(pixels[1].reshape(8, 32, 32, 3)).permute(0, 3, 1, 2))
@@ -312,6 +315,69 @@ def test_a_tree_decides_its_classes(tmp_path: Path, pixels: np.ndarray, dataset:
     assert data.count_classes() == 2
     data.setup("fit")
     assert data.classes == ("ant", "bee")
+
+
+def test_what_another_data_module_found_leaves_the_mirrors_to_this_one(
+    tmp_path: Path, fetched: list[tuple[Any, ...]]
+) -> None:
+    other = CIFAR10DataModule(data_dir=str(tmp_path / "none"))
+    other.count_classes()
+    data = CIFAR10DataModule(data_dir=str(tmp_path / "none"), mirrors=["file:///mnt/mirror"])
+    data.adopt_prepared(other)
+    data.prepare_data()
+    assert fetched == [(tmp_path / "none", CIFAR10, ["file:///mnt/mirror"])]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LIT_CIFAR_CACHE", "~/decoded")
+    assert CIFAR10DataModule(data_dir="~/tree").count_classes() == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decoded", "tree"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://bucket/cifar", "hf://datasets/cifar10", "https://host/cifar.tar.gz", "gs://cifar/x", "file:///mnt/cifar"],
+)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_url_is_no_data_dir(url: str, kind: type) -> None:
+    with pytest.raises(
+        UserError, match=r"--data_dir [a-z0-9]+:.*cifar.* is not supported here; name a path on this machine"
+    ):
+        CIFAR10DataModule(data_dir=kind(url))
+    assert list(Path().iterdir()) == []
+
+
+def test_the_cache_folder_is_no_url(tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_CIFAR_CACHE", "s3://bucket/cache")
+    with pytest.raises(UserError, match="LIT_CIFAR_CACHE s3://bucket/cache: s3:// is not supported here"):
+        CIFAR10DataModule(data_dir=str(tmp_path / "tree")).prepare_data()
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--batch_size", "0"),
+        ("--data.eval_batch_size", "0"),
+        ("--data.num_val", "-1"),
+        ("--data.num_workers", "-1"),
+        ("--data.augment.crop", "-1"),
+        ("--data.augment.cutout", "-1"),
+        ("--data.augment.brightness", "-0.1"),
+        ("--data.augment.contrast", "-0.1"),
+    ],
+)
+def test_a_number_out_of_range_ends_in_one_line_before_anything_happens(
+    flag: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_cifar.data.datamodule.find_source", lambda *_: pytest.fail("looked for data"))
+    with pytest.raises(UserError) as raised:
+        lit_cifar.fit.main(["--dataset", "shapes", "--trainer.max_steps", "1", flag, value])
+    assert str(raised.value).startswith(f"{flag}: ")
+    assert value in str(raised.value)
+    assert str(raised.value).isprintable()
+    assert list(Path().iterdir()) == []
 
 
 def test_classes_are_counted_without_a_download(tmp_path: Path, fetched: list[tuple[Any, ...]]) -> None:

@@ -22,7 +22,9 @@ import filelock
 import pytest
 
 from lit_cifar.data import download
-from lit_cifar.data.download import Archive, Limits, fetch_archive, fetch_folder, unpack
+from lit_cifar.data.archives import ARCHIVES, Archive, unpack
+from lit_cifar.data.download import fetch_archive, fetch_folder
+from lit_cifar.data.mirror import Limits
 from lit_cifar.errors import UserError
 
 LIMITS = Limits(
@@ -526,10 +528,11 @@ def test_waiting_is_said_once_and_then_finds_it_ready(tmp_path: Path, capsys: py
 def start_process(folder: Path, mirror: Mirror) -> subprocess.Popen[str]:
     code = f"""
 from pathlib import Path
-from lit_cifar.data.download import Archive, Limits, fetch_folder
+from lit_cifar.data.archives import Archive
+from lit_cifar.data.download import fetch_folder
 print(fetch_folder(Path({str(folder)!r}), {SPEC!r}, [{mirror.url!r}]))
 """
-    root = Path(download.__file__).parents[1]
+    root = Path(__file__).parents[1]
     return subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
 
 
@@ -573,7 +576,7 @@ def test_no_network_names_three_ways_out(tmp_path: Path, monkeypatch: pytest.Mon
     )
 
 
-@pytest.mark.parametrize("spec", download.ARCHIVES.values(), ids=lambda spec: spec.title)
+@pytest.mark.parametrize("spec", ARCHIVES.values(), ids=lambda spec: spec.title)
 def test_resolver_that_hangs_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: Archive) -> None:
     released = threading.Event()
 
@@ -642,7 +645,7 @@ def test_an_archives_own_mirrors_are_asked_where_none_are_named(serve: Serve, tm
     ("dataset", "num_bytes", "title"), [("cifar10", 170_498_071, "CIFAR-10"), ("cifar100", 169_001_437, "CIFAR-100")]
 )
 def test_the_published_archives(dataset: str, num_bytes: int, title: str) -> None:
-    spec = download.ARCHIVES[dataset]
+    spec = ARCHIVES[dataset]
     assert (spec.num_bytes, spec.title) == (num_bytes, title)
     assert len(spec.sha256) == 64
     assert len(set(spec.mirrors)) == len(spec.mirrors) >= 5

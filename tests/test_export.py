@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lit_cifar.export
 import lit_cifar.fit
 from lit_cifar import load
-from lit_cifar.data import shapes
+from lit_cifar.data.shapes import draw_shapes
 from lit_cifar.errors import UserError
 from lit_cifar.export import FORMATS, compare
 
@@ -93,7 +93,7 @@ def test_a_written_file_gives_the_nets_logits_for_any_batch(
 
     net, classes = load("net.ckpt")
     predict, settings = READERS[output](output)
-    images = torch.from_numpy(shapes.draw(train=False)[0])
+    images = draw_shapes(train=False).images
     with torch.inference_mode():
         for batch in (images[:1], images[5:8], images[:129]):
             assert torch.allclose(predict(batch), net(batch), rtol=0, atol=1e-4)
@@ -106,8 +106,8 @@ def test_a_written_file_gives_the_nets_logits_for_any_batch(
 def _draw_tree() -> None:
     for split, number in (("train", 1), ("test", 300)):
         Path(f"tree/{split}/some").mkdir(parents=True)
-        for index, image in enumerate(shapes.draw(train=False)[0][:number]):
-            Image.fromarray(image.transpose(1, 2, 0)).save(f"tree/{split}/some/{index}.png")
+        for index, image in enumerate(draw_shapes(train=False).images[:number]):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"tree/{split}/some/{index}.png")
 
 
 def _train(name: str) -> Path:
@@ -148,7 +148,7 @@ def test_a_file_that_disagrees_is_not_written_and_the_old_one_stays(
 
 def test_compare_counts_classes_and_finds_the_largest_difference(checkpoint: Path) -> None:
     net, _ = load(checkpoint, tta="none")
-    images = torch.from_numpy(shapes.draw(train=False)[0][:600])
+    images = draw_shapes(train=False).images[:600]
     with torch.inference_mode():
         logits = net(images)
     assert compare(net, net, images) == (600, 0.0)

@@ -10,7 +10,7 @@ from helpers import ROOT
 import lit_cifar.fit
 from lit_cifar.data.augment import Augment
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
-from lit_cifar.data.sources import draw_shapes
+from lit_cifar.data.shapes import draw_shapes
 
 pytestmark = [
     pytest.mark.gpu,

@@ -27,7 +27,8 @@ import lit_cifar.fit
 import lit_cifar.predict
 import lit_cifar.test
 from lit_cifar import load
-from lit_cifar.data import sources
+from lit_cifar.data import images
+from lit_cifar.data.tree import Tree
 from lit_cifar.errors import UserError
 from lit_cifar.run.read import read_checkpoint
 from lit_cifar.run.trust import check_trusted
@@ -481,7 +482,7 @@ def test_names_that_lead_outside_are_only_names(name: str) -> None:
             archive.writestr(member, data)
     for path in (Path("deep/er/a.tar"), Path("deep/er/a.zip")):
         try:
-            assert len(sources.read_tree(path, True).labels) in (2, 3)
+            assert len(Tree(path).read(True).labels) in (2, 3)
         except UserError as error:
             if "more than one tree" not in str(error):
                 raise
@@ -508,8 +509,8 @@ def test_links_and_devices_are_left_out() -> None:
             info.external_attr = (mode | 0o777) << 16
             archive.writestr(info, str(Path("secret.png").absolute()))
     for name in ("a.tar", "a.zip"):
-        assert len(sources.read_tree(Path(name), True).labels) == 2
-        assert sources.read_tree(Path(name), True).images.unique().tolist() == [7]
+        assert len(Tree(Path(name)).read(True).labels) == 2
+        assert Tree(Path(name)).read(True).images.unique().tolist() == [7]
 
 
 def deflated(num_bytes: int, wbits: int) -> bytes:
@@ -540,10 +541,10 @@ def test_archives_that_are_bombs_take_no_memory() -> None:
         start = packer.compress(header.tobuf(tarfile.GNU_FORMAT)) + packer.flush(zlib.Z_FULL_FLUSH)
         paths.append(Path(f"{name}.tar.gz"))
         paths[-1].write_bytes(start + data)
-    told_within_memory("from lit_cifar.data import sources", "sources.read_tree(Path(path), True)", *paths)
+    told_within_memory("from lit_cifar.data.tree import Tree", "Tree(Path(path)).read(True)", *paths)
     told_within_memory(
-        "from lit_cifar.data import sources",
-        "sources.find_source(Path(path), 'cifar10'), sources.read_tree(Path(path), True)",
+        "from lit_cifar.data.source import find_source",
+        "find_source(path, 'cifar10').read(True)",
         *paths[2:],
     )
 
@@ -556,7 +557,7 @@ def test_images_that_are_bombs_take_no_memory() -> None:
     for number, data in enumerate((bytes(claimed), bomb(50_000), bomb(13_000))):  # the last is small enough for Pillow
         paths.append(Path(f"{number}.tar"))
         tar_of(paths[-1], *(file_in_tar(f"train/ant/{copy}.png", data) for copy in "abcd"))
-    told_within_memory("from lit_cifar.data import sources", "sources.read_tree(Path(path), True)", *paths)
+    told_within_memory("from lit_cifar.data.tree import Tree", "Tree(Path(path)).read(True)", *paths)
 
 
 def test_an_image_is_not_given_to_another_program(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,7 +566,7 @@ def test_an_image_is_not_given_to_another_program(trained: Path, monkeypatch: py
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(canary) (w) file\n%%EOF\n"
     with pytest.raises(UserError, match="cannot be decoded as an image"):
-        sources.decode_image(eps)
+        images.decode_image(eps)
 
 
 # ---- configs ----

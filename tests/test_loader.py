@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from lit_cifar.data import loader as loader_module
 from lit_cifar.data.augment import Augment
 from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches
-from lit_cifar.data.sources import Split
+from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches
-from lit_cifar.data.sources import Split
+from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
 from lit_cifar.model.module import LitClassifier, views
 from lit_cifar.model.optim import lr_factor

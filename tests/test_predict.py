@@ -18,7 +18,8 @@ from PIL import Image
 
 import lit_cifar.predict
 from lit_cifar import load
-from lit_cifar.data import shapes, sources
+from lit_cifar.data.shapes import draw_shapes
+from lit_cifar.data.tree import Tree
 from lit_cifar.errors import UserError
 
 NUM_DRAWN = 12
@@ -32,12 +33,12 @@ def checkpoint(trained: Path) -> Path:
 @pytest.fixture
 def drawn() -> Iterator[torch.Tensor]:
     """Test images (N, 3, 32, 32), which stand in drawn/ as PNGs in their order."""
-    images, _ = shapes.draw(train=False)
+    images = draw_shapes(train=False).images[:: 2000 // NUM_DRAWN][:NUM_DRAWN]
     Path("drawn/more").mkdir(parents=True)
-    for number, image in enumerate(images[:: 2000 // NUM_DRAWN][:NUM_DRAWN]):
+    for number, image in enumerate(images):
         folder = "drawn" if number < 8 else "drawn/more"
-        Image.fromarray(image.transpose(1, 2, 0)).save(f"{folder}/{number:02}.png")
-    return torch.from_numpy(images[:: 2000 // NUM_DRAWN][:NUM_DRAWN])
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{folder}/{number:02}.png")
+    return images
 
 
 def predict(checkpoint: Path, *args: object) -> None:
@@ -103,7 +104,7 @@ def test_images_of_any_size_become_the_pixels_that_training_reads(checkpoint: Pa
         Path(f"tree/{split}/noise").mkdir(parents=True)
         for name in names:
             Path(f"tree/{split}/noise/{name}").symlink_to(Path(name).absolute())
-    expected = sources.read_tree(Path("tree"), train=False).images
+    expected = Tree(Path("tree")).read(train=False).images
     batches = list(lit_cifar.predict._batches(((name, None) for name in names), 99))
     assert [image.data for image in batches[0]] == [image.numpy().tobytes() for image in expected]
 

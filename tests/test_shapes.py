@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_cifar.data import shapes
-from lit_cifar.data.sources import draw_shapes
+from lit_cifar.data.shapes import draw_shapes
 
 # Other bytes are another data set: figures measured on the old one no longer hold.
 SHA256 = {

@@ -19,9 +19,16 @@ from filelock import FileLock
 from helpers import JPEG, LABELS, disk_with_room_for, error_of, pixels, write_official
 from PIL import Image
 
-from lit_cifar.data import sources
-from lit_cifar.data.download import ARCHIVES
-from lit_cifar.data.sources import Split, find_source, prepare_tree, prepared_classes, read_official, read_tree
+from lit_cifar.data import cache as cache_module
+from lit_cifar.data import images as images_module
+from lit_cifar.data import members
+from lit_cifar.data import tree as tree_module
+from lit_cifar.data.archives import ARCHIVES
+from lit_cifar.data.members import ARCHIVE_SUFFIXES
+from lit_cifar.data.official import KNOWN_BY, OfficialArchive, OfficialFiles, find_dataset, read_official
+from lit_cifar.data.source import find_source
+from lit_cifar.data.split import Split
+from lit_cifar.data.tree import Tree
 from lit_cifar.errors import UserError
 
 NAMES = {"train": ("a10.png", "a2.png", "B.PNG"), "test": ("0.png", "1.png")}  # not in sorted order
@@ -77,7 +84,7 @@ def expected(train: bool) -> torch.Tensor:
 
 def check(path: Path) -> None:
     for train in (True, False):
-        split = read_tree(path, train)
+        split = Tree(path).read(train)
         assert torch.equal(split.images, expected(train))
         assert split.labels.tolist() == [label for label in (0, 1) for _ in range(3 if train else 2)]
         assert split.classes == ("ant", "zebra")
@@ -87,7 +94,7 @@ def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def decode(*_: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(sources, "_decode", decode)
+    monkeypatch.setattr(tree_module, "_decode", decode)
 
 
 # ---- Split ----
@@ -113,37 +120,43 @@ def test_split_refuses_what_does_not_fit(images: torch.Tensor, labels: torch.Ten
 # ---- find_source ----
 
 
+def kind_of(path: Path, dataset: str) -> tuple[type, bool]:
+    """What kind of source a path is, and whether it is on this machine."""
+    source = find_source(path, dataset)
+    return type(source), source.is_here
+
+
 @pytest.mark.parametrize("dataset", ARCHIVES)
 def test_find_source_tells_the_kinds_apart(tmp_path: Path, tree: Path, dataset: str) -> None:
-    assert find_source(tree, dataset) == "tree"
-    assert find_source(tmp_path / "missing", dataset) == "nothing"
+    assert kind_of(tree, dataset) == (Tree, True)
+    assert kind_of(tmp_path / "missing", dataset) == (OfficialFiles, False)
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert find_source(empty, dataset) == "nothing"
-    for suffix in sources.ARCHIVE_SUFFIXES:
-        assert find_source(pack(tree, tmp_path / f"a{suffix}"), dataset) == "archive"
+    assert kind_of(empty, dataset) == (OfficialFiles, False)
+    for suffix in ARCHIVE_SUFFIXES:
+        assert kind_of(pack(tree, tmp_path / f"a{suffix}"), dataset) == (Tree, True)
     spec = ARCHIVES[dataset]
     files = tmp_path / "official" / spec.folder
     files.mkdir(parents=True)
-    for name in sources.OFFICIAL_FILES[dataset]:
+    for name in KNOWN_BY[dataset]:
         (files / name).write_bytes(b"")
-    assert find_source(tmp_path / "official", dataset) == find_source(files, dataset) == "official"
+    assert kind_of(tmp_path / "official", dataset) == kind_of(files, dataset) == (OfficialFiles, True)
     official = pack(tmp_path / "official", empty / spec.name)
-    assert find_source(official, dataset) == "official-archive"
-    assert find_source(empty, dataset) == "nothing"  # the downloader picks the archive up
+    assert kind_of(official, dataset) == (OfficialArchive, True)
+    assert kind_of(empty, dataset) == (OfficialFiles, False)  # the downloader picks the archive up
     official.rename(empty / "renamed")
-    assert find_source(empty / "renamed", dataset) == "official-archive"
+    assert kind_of(empty / "renamed", dataset) == (OfficialArchive, True)
 
     other = "cifar10" if dataset == "cifar100" else "cifar100"
     for folder in (tmp_path / "official", files):
-        assert find_source(folder, other) == "nothing"
-        assert sources.find_dataset(folder) == dataset
+        assert kind_of(folder, other) == (OfficialFiles, False)
+        assert find_dataset(folder) == dataset
     assert f"renamed holds {spec.title}, not {ARCHIVES[other].title}: add --dataset {dataset}" in error_of(
         lambda: find_source(empty / "renamed", other)
     )
-    assert sources.find_dataset(tree) is None
+    assert find_dataset(tree) is None
     (empty / "train").touch()  # a script, say
-    assert sources.find_dataset(empty) is None
+    assert find_dataset(empty) is None
 
 
 @pytest.mark.parametrize(("present", "missing"), [("train", "test"), ("test", "train")])
@@ -210,7 +223,7 @@ def test_both_datasets_in_one_folder_and_the_name_decides(tmp_path: Path, monkey
     for dataset in ARCHIVES:
         write_official(tmp_path / "data", dataset, monkeypatch)
     for dataset, num_classes in (("cifar10", 10), ("cifar100", 100)):
-        assert find_source(tmp_path / "data", dataset) == "official"
+        assert kind_of(tmp_path / "data", dataset) == (OfficialFiles, True)
         assert len(read_official(tmp_path / "data", dataset, False).classes) == num_classes
 
 
@@ -219,17 +232,17 @@ def test_both_datasets_in_one_folder_and_the_name_decides(tmp_path: Path, monkey
 
 def test_a_tree_gives_its_pixels_in_sorted_order(tree: Path) -> None:
     check(tree)
-    assert prepared_classes(prepare_tree(tree)) == ("ant", "zebra")
+    assert Tree(tree).num_classes == 2
 
 
 @pytest.mark.parametrize("prefix", ["", "./", "my data/v1/", "train/"])
-@pytest.mark.parametrize("suffix", sources.ARCHIVE_SUFFIXES)
+@pytest.mark.parametrize("suffix", ARCHIVE_SUFFIXES)
 def test_an_archive_equals_its_tree(tmp_path: Path, tree: Path, suffix: str, prefix: str) -> None:
     check(pack(tree, tmp_path / f"a{suffix}", prefix))
 
 
 def test_large_files_decoded_in_threads_keep_their_order(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "THREADED_BYTES", 0)
+    monkeypatch.setattr(images_module, "THREADED_BYTES", 0)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     check(tree)
 
@@ -238,9 +251,9 @@ def test_other_sizes_are_resized_and_that_is_said_once(tree: Path, capsys: pytes
     colour = np.array([200, 100, 50], np.uint8)
     big = Image.fromarray(np.broadcast_to(colour, (48, 65, 3)).copy())
     (tree / "train" / "ant" / "a2.png").write_bytes(encode(big))
-    images = read_tree(tree, True).images
+    images = Tree(tree).read(True).images
     assert torch.equal(images[2], torch.from_numpy(colour).view(3, 1, 1).expand(3, 32, 32))
-    read_tree(tree, False)
+    Tree(tree).read(False)
     said = capsys.readouterr().err
     assert said.count("1 of 10 images were not 32x32 and were resized\n") == 1
     assert re.search(r"^decoded 10 images in \d+\.\d s$", said, re.MULTILINE)
@@ -260,7 +273,7 @@ def test_every_mode_becomes_rgb(tree: Path) -> None:
     }
     for name, (data, _) in made.items():
         (tree / "train" / "zebra" / name).write_bytes(data)
-    images = read_tree(tree, True).images[-len(made) :].permute(0, 2, 3, 1).numpy()
+    images = Tree(tree).read(True).images[-len(made) :].permute(0, 2, 3, 1).numpy()
     for image, (name, (_, wanted)) in zip(images, made.items(), strict=True):
         assert np.array_equal(image, wanted), name
 
@@ -271,7 +284,7 @@ def test_exif_turns_an_image_upright(tree: Path, kind: str, options: dict[str, o
     exif[0x0112] = 6  # turn by 90 degrees clockwise
     data = encode(Image.fromarray(pixels("turned")), kind, exif=exif, **options)
     (tree / "train" / "ant" / f"A.{kind.lower()}").write_bytes(data)
-    image = read_tree(tree, True).images[0].permute(1, 2, 0).numpy()
+    image = Tree(tree).read(True).images[0].permute(1, 2, 0).numpy()
     assert np.array_equal(image, np.rot90(pixels("turned"), -1))
 
 
@@ -280,10 +293,10 @@ def test_exif_turns_an_image_upright(tree: Path, kind: str, options: dict[str, o
 
 def test_the_second_reading_decodes_nothing(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = pack(tree, tmp_path / "a.tar.xz")
-    prepare_tree(tree)
-    prepare_tree(archive)
+    Tree(tree).prepare()
+    Tree(archive).prepare()
     forbid_decoding(monkeypatch)
-    prepare_tree(tree)
+    Tree(tree).prepare()
     check(tree)
     check(archive)
     monkeypatch.chdir(tree)
@@ -324,37 +337,37 @@ def class_renamed(tree: Path) -> None:
 def test_any_change_of_the_tree_is_seen(
     tree: Path, change: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare_tree(tree)
+    Tree(tree).prepare()
     change(tree)
     forbid_decoding(monkeypatch)
     with pytest.raises(AssertionError, match="decoded again"):
-        read_tree(tree, False)
+        Tree(tree).read(False)
 
 
 def test_a_new_empty_class_is_seen_although_a_cache_is_there(tree: Path) -> None:
-    prepare_tree(tree)
+    Tree(tree).prepare()
     (tree / "train" / "cow").mkdir()
-    assert "train/cow/" in error_of(lambda: prepare_tree(tree))
+    assert "train/cow/" in error_of(lambda: Tree(tree).prepare())
 
 
 def test_a_changed_archive_or_cache_format_is_seen(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = pack(tree, tmp_path / "a.zip")
-    prepare_tree(tree)
-    prepare_tree(archive)
+    Tree(tree).prepare()
+    Tree(archive).prepare()
     forbid_decoding(monkeypatch)
-    monkeypatch.setattr(sources, "CACHE_FORMAT", sources.CACHE_FORMAT + 1)
+    monkeypatch.setattr(cache_module, "CACHE_FORMAT", cache_module.CACHE_FORMAT + 1)
     for path in (tree, archive):
         with pytest.raises(AssertionError, match="decoded again"):
-            prepare_tree(path)
+            Tree(path).prepare()
     monkeypatch.undo()
     monkeypatch.setenv("LIT_CIFAR_CACHE", str(tmp_path / "cache"))
     (tree / "train" / "ant" / "a2.png").write_bytes(encode(Image.fromarray(pixels("new"))))
     pack(tree, archive)
-    assert torch.equal(read_tree(archive, True).images[2], torch.from_numpy(pixels("new")).permute(2, 0, 1))
+    assert torch.equal(Tree(archive).read(True).images[2], torch.from_numpy(pixels("new")).permute(2, 0, 1))
 
 
 def test_no_damage_to_the_cache_gets_through(tree: Path, cache: Path) -> None:
-    read_tree(tree, True)
+    Tree(tree).read(True)
     (file,) = cache.glob("*.zip")
     good = file.read_bytes()
     header = good.index(b"}") + 1
@@ -363,11 +376,11 @@ def test_no_damage_to_the_cache_gets_through(tree: Path, cache: Path) -> None:
         bad = bytearray(good)
         bad[place] ^= 1 << place % 8
         file.write_bytes(bad)
-        fingerprint = sources._source(tree).fingerprint
+        fingerprint = tree_module.list_contents(tree).fingerprint
         for train in (True, False):
             try:
-                split = sources._read_cache(file, fingerprint, train)
-            except Exception:  # any will do: _cached decodes again
+                split = cache_module.read_split(file, fingerprint, train)
+            except Exception:  # any will do: `cached` decodes again
                 continue
             assert torch.equal(split.images, expected(train))
             assert split.classes == ("ant", "zebra")
@@ -379,9 +392,9 @@ def test_no_damage_to_the_cache_gets_through(tree: Path, cache: Path) -> None:
 
 
 def test_two_processes_decode_once(tree: Path, cache: Path) -> None:
-    code = "from pathlib import Path; from lit_cifar.data.sources import read_tree; print('ready', flush=True); "
-    code += f"print(read_tree(Path({str(tree)!r}), True).images.sum().item())"
-    prepare_tree(tree)
+    code = "from pathlib import Path; from lit_cifar.data.tree import Tree; print('ready', flush=True); "
+    code += f"print(Tree(Path({str(tree)!r})).read(True).images.sum().item())"
+    Tree(tree).prepare()
     (file,) = cache.glob("*.zip")
     file.unlink()
     with FileLock(file.with_suffix(".lock")):  # until both have found no cache
@@ -405,7 +418,7 @@ def test_two_processes_decode_once(tree: Path, cache: Path) -> None:
 
 
 def test_a_fresh_cache_is_read_without_the_lock(tree: Path, cache: Path) -> None:
-    prepare_tree(tree)
+    Tree(tree).prepare()
     for lock in cache.glob("*.lock"):
         lock.unlink()
     check(tree)
@@ -417,7 +430,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_way_out(
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("LIT_CIFAR_CACHE", str(tmp_path / "file" / "cache"))
-    message = error_of(lambda: read_tree(tree, True))
+    message = error_of(lambda: Tree(tree).read(True))
     assert str(tmp_path / "file" / "cache") in message
     assert "LIT_CIFAR_CACHE" in message
 
@@ -425,7 +438,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_way_out(
 @pytest.mark.parametrize("room", [0, 5_000, 13_000, 30_000])
 def test_a_disk_that_fills_up_while_decoding_is_told_and_nothing_is_trusted(tree: Path, cache: Path, room: int) -> None:
     with disk_with_room_for(room):
-        message = error_of(lambda: read_tree(tree, True))
+        message = error_of(lambda: Tree(tree).read(True))
     assert f"cannot write the cache folder {cache} (File too large)" in message
     assert not list(cache.glob("*.zip"))
     check(tree)
@@ -442,31 +455,31 @@ def test_an_image_that_cannot_be_decoded_is_named(
     data = encode(Image.fromarray(pixels("cut")), "JPEG")[:-200] if isinstance(content, str) else content
     (tree / "test" / "zebra" / "bad\nname.jpg").write_bytes(data)
     path = pack(tree, tmp_path / "a.tar") if packed else tree
-    message = error_of(lambda: read_tree(path, True))
+    message = error_of(lambda: Tree(path).read(True))
     assert str(path) in message
     assert "bad\\nname.jpg" in message
 
 
 def test_an_image_with_too_many_pixels_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert "train/ant/B.PNG has far too many pixels" in error_of(lambda: read_tree(tree, True))
+    assert "train/ant/B.PNG has far too many pixels" in error_of(lambda: Tree(tree).read(True))
 
 
 @pytest.mark.parametrize("suffix", [".tar.gz", ".zip"])
 def test_a_member_too_large_is_named_and_not_read(
     tree: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_MEMBER_BYTES", 10_000)
+    monkeypatch.setattr(members, "MAX_MEMBER_BYTES", 10_000)
     (tree / "test" / "ant" / "huge.png").write_bytes(bytes(10_001))
     archive = pack(tree, tmp_path / f"a{suffix}")
-    assert "test/ant/huge.png has 10001 bytes" in error_of(lambda: read_tree(archive, True))
+    assert "test/ant/huge.png has 10001 bytes" in error_of(lambda: Tree(archive).read(True))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_empty_class_is_named(tree: Path, tmp_path: Path, packed: bool) -> None:
     (tree / "test" / "cow").mkdir()
     path = pack(tree, tmp_path / "a.zip") if packed else tree
-    assert "test/cow/ has no JPEG" in error_of(lambda: read_tree(path, True))
+    assert "test/cow/ has no JPEG" in error_of(lambda: Tree(path).read(True))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -476,7 +489,7 @@ def test_classes_that_differ_are_named_with_their_side(
 ) -> None:
     (tree / there / "ant").rename(tmp_path / "away")
     path = pack(tree, tmp_path / "a.tgz") if packed else tree
-    assert f"class ant is in {here}/ but not in {there}/" in error_of(lambda: read_tree(path, True))
+    assert f"class ant is in {here}/ but not in {there}/" in error_of(lambda: Tree(path).read(True))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -484,10 +497,10 @@ def test_no_images_at_all_is_an_error(tmp_path: Path, packed: bool) -> None:
     for split in NAMES:
         (tmp_path / "none" / split).mkdir(parents=True)
     path = pack(tmp_path / "none", tmp_path / "a.tar") if packed else tmp_path / "none"
-    assert "no JPEG, PNG or WebP images in train/<class>/" in error_of(lambda: read_tree(path, True))
+    assert "no JPEG, PNG or WebP images in train/<class>/" in error_of(lambda: Tree(path).read(True))
 
 
-@pytest.mark.parametrize("suffix", sources.ARCHIVE_SUFFIXES)
+@pytest.mark.parametrize("suffix", ARCHIVE_SUFFIXES)
 def test_an_archive_cut_short_anywhere_is_named(tree: Path, tmp_path: Path, suffix: str) -> None:
     archive = pack(tree, tmp_path / f"a{suffix}")
     good = archive.read_bytes()
@@ -495,7 +508,7 @@ def test_an_archive_cut_short_anywhere_is_named(tree: Path, tmp_path: Path, suff
     end -= end % -512 if suffix == ".tar" else 1  # a .tar may lose zeros at its end
     for length in {0, 1, 100, *range(512, end, 512 * 5), end // 512 * 512, end}:
         archive.write_bytes(good[:length])
-        assert str(archive) in error_of(lambda: read_tree(archive, True)), length
+        assert str(archive) in error_of(lambda: Tree(archive).read(True)), length
 
 
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".tar.xz", ".zip"])
@@ -508,7 +521,7 @@ def test_an_archive_with_a_flipped_byte_never_gives_other_pixels(tree: Path, tmp
         bad[place] ^= 16
         archive.write_bytes(bad)
         try:
-            split = read_tree(archive, True)
+            split = Tree(archive).read(True)
         except UserError:
             num_errors += 1
         else:  # it hit what no reader looks at, such as a date
@@ -542,7 +555,7 @@ def test_two_trees_in_one_archive_are_an_error(tree: Path, tmp_path: Path) -> No
     archive = pack(tree, tmp_path / "a.zip", "one/")
     with zipfile.ZipFile(archive, "a") as zipped:
         zipped.writestr("two/train/ant/x.png", encode(Image.fromarray(pixels("x"))))
-    assert "more than one tree" in error_of(lambda: read_tree(archive, True))
+    assert "more than one tree" in error_of(lambda: Tree(archive).read(True))
 
 
 def test_an_encrypted_zip_and_a_vanished_path_are_errors(tree: Path, tmp_path: Path) -> None:
@@ -553,8 +566,8 @@ def test_an_encrypted_zip_and_a_vanished_path_are_errors(tree: Path, tmp_path: P
         while (place := data.find(mark, place + 1)) >= 0:
             data[place + offset] |= 1
     archive.write_bytes(data)
-    assert "encrypted" in error_of(lambda: read_tree(archive, True))
-    assert "No such file" in error_of(lambda: read_tree(tmp_path / "b.zip", True))
+    assert "encrypted" in error_of(lambda: Tree(archive).read(True))
+    assert "No such file" in error_of(lambda: Tree(tmp_path / "b.zip").read(True))
 
 
 # ---- the real thing ----
@@ -563,7 +576,7 @@ def test_an_encrypted_zip_and_a_vanished_path_are_errors(tree: Path, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.skipif(not JPEG.is_file(), reason=f"{JPEG.name} is not there; LIT_CIFAR_JPEG can name it")
 def test_all_of_cifar10_as_jpeg() -> None:
-    train, test = read_tree(JPEG, True), read_tree(JPEG, False)
+    train, test = Tree(JPEG).read(True), Tree(JPEG).read(False)
     assert train.classes == test.classes
     assert train.classes[::3] == ("airplane", "cat", "frog", "truck")
     assert train.labels.bincount().tolist() == [5000] * 10

@@ -20,7 +20,8 @@ import lit_cifar.fit
 from lit_cifar import runs, sweep
 from lit_cifar.cli.command import CLI
 from lit_cifar.cli.parser import Parser
-from lit_cifar.data import sources
+from lit_cifar.data import shapes
+from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
 from lit_cifar.run.save import Checkpoints
 
@@ -37,15 +38,15 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Which images were read, True for training; drawn once for all tests here."""
     calls: list[bool] = []
 
-    def draw(train: bool) -> sources.Split:
+    def draw(train: bool) -> Split:
         calls.append(train)
         return drawn(train)
 
-    monkeypatch.setattr(sources, "draw_shapes", draw)
+    monkeypatch.setattr(shapes, "draw_shapes", draw)
     return calls
 
 
-drawn = functools.cache(sources.draw_shapes)
+drawn = functools.cache(shapes.draw_shapes)
 
 
 def search(space: str, num_trials: int, *flags: str) -> None:
@@ -89,14 +90,14 @@ def test_a_trial_is_the_run_that_fit_makes_of_its_values(capsys: pytest.CaptureF
 def test_the_test_set_is_read_once_when_all_trials_are_done(
     reads: list[bool], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw, done = sources.draw_shapes, []
+    draw, done = shapes.draw_shapes, []
 
-    def draw_and_count(train: bool) -> sources.Split:
+    def draw_and_count(train: bool) -> Split:
         if not train:
             done.append(sum(trial.state.is_finished() for trial in study().trials))
         return draw(train)
 
-    monkeypatch.setattr(sources, "draw_shapes", draw_and_count)
+    monkeypatch.setattr(shapes, "draw_shapes", draw_and_count)
     search(SPACE, 2, *FLAGS)
     assert (reads, done) == ([True, False], [2])
     reads.clear()

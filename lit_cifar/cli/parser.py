@@ -115,6 +115,17 @@ class Parser(LightningArgumentParser):
             where, expected, given = found.groups()
             choices = re.findall(r"'([^']*)'", expected) if "Literal[" in expected else []
             return f"{where}: expected {_plain(expected)}, got {given}{nearest(given, choices)}"
+        if found := re.search(
+            r"^(.*?): Not of type \w+: (?:invalid literal for (int)|could not convert string to (float)).*'(.*)'$",
+            message,
+        ):
+            where, *kinds, given = found.groups()
+            return f"{where}: expected {kinds[0] or kinds[1]}, got {given}"
+        if found := re.search(
+            r"^(.*?): Not of type \w+: (.*) (?:does not conform to restriction (.*)|not an? \w+)$", message
+        ):
+            where, given, bounds = found.groups()
+            return f"{where}: expected {_bounds(bounds) if bounds else 'a number'}, got {given}"
         if found := re.search(r"^(.*?): Does not validate .* Subtypes: \[(.*?)\] Errors.* Given value: (.*)$", message):
             return f"{found[1]}: expected {_plain(found[2])}, got {found[3]}"
         return message
@@ -213,6 +224,12 @@ class NetParser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             message = f"unknown flag {found[1]}{nearest(found[1], flags)}; --help lists the flags"
         raise UserError(message) from None
+
+
+def _bounds(restriction: str) -> str:
+    """A restriction as jsonargparse writes it, v>=0 and v<=1, for people."""
+    words = {">=": "at least", ">": "above", "<=": "at most", "<": "below"}
+    return "a number " + re.sub(r"v(>=|>|<=|<)", lambda sign: f"{words[sign[1]]} ", restriction)
 
 
 def _plain(types: str) -> str:

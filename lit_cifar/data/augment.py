@@ -1,12 +1,15 @@
-"""Crop, flip, cutout and colour as arithmetic on a batch of uint8 images. Random state, epochs and normalisation are
-not here: `draw` takes a generator, and what it draws is handed to `apply`."""
+"""Crop, flip, cutout and colour as arithmetic on a batch of uint8 images. Nothing here knows epochs: `draw` takes a
+generator that loader.py has seeded, and `apply` takes what was drawn."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
+
+from lit_cifar.errors import UserError
 
 CUTOUT_FILL = 122  # grey of 0..255, about CIFAR-10's mean pixel, so that the net sees some zeros after normalising
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601 weights, as in torchvision's rgb_to_grayscale
@@ -36,7 +39,7 @@ class Augment:
 
     Args:
         crop: pixels of padding on each side before a random 32x32 crop; 0 is off.
-        pad: what the padding holds: 'zeros' or the image 'reflected'.
+        pad: what the padding holds: 'zeros', or the image reflected ('reflect'), at most 31 pixels of it.
         flip: mirror left to right: 'random' with probability 1/2 in each epoch; 'alternating' flips a random half in
             the first epoch and each image the other way in every next one (arXiv 2404.00498, section 3.6).
         cutout: side in pixels of a grey square at a random place, partly outside near the border (arXiv 1708.04552);
@@ -44,14 +47,23 @@ class Augment:
         brightness: pixels are multiplied by a factor from [1 - brightness, 1 + brightness]; 0 is off.
         contrast: distance to the image's mean grey is multiplied by a factor from [1 - contrast, 1 + contrast]; 0 is
             off.
+
+    Raises:
+        UserError: more pixels are to be reflected than an image has.
     """
 
-    crop: int = 0
+    crop: NonNegativeInt = 0
     pad: Literal["zeros", "reflect"] = "zeros"
     flip: Literal["none", "random", "alternating"] = "none"
-    cutout: int = 0
-    brightness: float = 0.0
-    contrast: float = 0.0
+    cutout: NonNegativeInt = 0
+    brightness: NonNegativeFloat = 0.0
+    contrast: NonNegativeFloat = 0.0
+
+    def __post_init__(self) -> None:
+        if self.pad == "reflect" and self.crop > 31:
+            raise UserError(
+                f"--data.augment.crop {self.crop} does not go with --data.augment.pad reflect: choose 31 or less"
+            )
 
     def draw(self, num_images: int, generator: torch.Generator) -> Draws:
         """Draws for `num_images` images from a CPU generator; the same state gives the same draws.

@@ -1,11 +1,10 @@
-"""Order, sharding and resume: turns a split's resident tensors into batches on the device. Files and Lightning are not
-known here; how pixels change is augment's.
+"""Order, sharding and resume: turns a split's resident tensors into batches on the device. Nothing here knows files or
+Lightning; augment.py changes pixels.
 
 A batch is a pure function of (seed, epoch, position): neither the device, nor the number of ranks, nor the workers,
 nor what ran before have a say in it.
 """
 
-import hashlib
 import itertools
 import random
 import time
@@ -20,22 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_cifar.data.augment import Augment, Draws
-from lit_cifar.data.sources import Split
+from lit_cifar.data.seeds import make_generator, seed_of
+from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
 
 CHUNK = 512  # images augmented and moved at once when batches are smaller; batch 4 alone costs 4 times as much a step
-
-
-def make_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator whose stream depends on `key` alone, e.g. (seed, epoch, 'order').
-
-    The key is hashed, because torch's CPU generator keeps 32 bits of a seed: (seed << 32) + epoch would lose the seed.
-    """
-    return torch.Generator().manual_seed(_hash(key))
-
-
-def _hash(key: tuple[int | str, ...]) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
 
 
 @dataclass(frozen=True)
@@ -276,7 +264,7 @@ class _Transformed(Dataset[tuple[Tensor, Tensor]]):
         state: tuple[Any, ...] = random.getstate()
         numpy_state = np.random.get_state()
         with torch.random.fork_rng(devices=[]):  # the main process's own random state stays as it was
-            image_seed = _hash((self.seed, epoch, index, "transform"))
+            image_seed = seed_of(self.seed, epoch, index, "transform")
             torch.manual_seed(image_seed)
             random.seed(image_seed)
             np.random.seed(image_seed)

@@ -1,10 +1,13 @@
-"""Draws the embedded data set: ten kinds of shapes on varied grounds. Files, caches and tensors are sources'."""
+"""Draws the embedded data set: ten kinds of shapes on varied grounds. Nothing here touches a file."""
 
 import math
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from lit_cifar.data.split import Split
 
 Floats = npt.NDArray[np.float64]
 Shape = Callable[[Floats, Floats], Floats]
@@ -82,8 +85,22 @@ SHAPES: dict[str, Shape] = {
 CLASSES = tuple(SHAPES)
 
 
-def draw(train: bool) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Images (N, 3, 32, 32) uint8 0..255 and labels (N,) int64 0, 1, ... 9, 0, ...: N is 10,000 or, for test, 2,000.
+class Shapes:
+    """The data source of the embedded set: it is drawn, so that nothing is prepared."""
+
+    is_here = True
+    num_classes = len(CLASSES)
+
+    def prepare(self) -> None:
+        """Does nothing."""
+
+    def read(self, train: bool) -> Split:
+        """10,000 training or 2,000 test drawings, the same on any machine."""
+        return draw_shapes(train)
+
+
+def draw_shapes(train: bool) -> Split:
+    """10,000 training or 2,000 test drawings in ten balanced classes; the labels are 0, 1, ... 9, 0, 1, ...
 
     The bytes are the same on every machine: RandomState's stream is frozen, and what is done with its numbers is one
     correctly rounded operation at a time (+ - * / sqrt floor abs, comparisons), never sin, exp, pow or a sum whose
@@ -96,7 +113,7 @@ def draw(train: bool) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         of_class = images[label :: len(SHAPES)]
         for start in range(0, len(of_class), CHUNK):
             of_class[start : start + CHUNK] = _draw_chunk(shape, random)
-    return images, np.arange(num_images, dtype=np.int64) % len(SHAPES)
+    return Split(torch.from_numpy(images), torch.arange(num_images) % len(SHAPES), CLASSES)
 
 
 def _draw_chunk(shape: Shape, random: np.random.RandomState) -> Floats:

@@ -34,7 +34,9 @@ from PIL import Image
 
 import lit_cifar.fit
 import lit_cifar.predict
-from lit_cifar.data import sources
+from lit_cifar.data.images import IMAGE_BYTES, IMAGE_FORMATS, decode_image
+from lit_cifar.data.source import find_source
+from lit_cifar.data.tree import Tree
 from lit_cifar.errors import UserError
 from lit_cifar.model.classifier import load
 from lit_cifar.model.module import LitClassifier
@@ -226,18 +228,16 @@ def targets(done: list[float]) -> dict[str, tuple[int, Callable[..., None]]]:
     @given(st.sampled_from(sorted(pictures)), changes, st.booleans())
     def image_bytes(kind: str, changes: list[Any], any_format: bool) -> None:
         with judged(done):
-            pixels, _ = sources.decode_image(
-                changed(pictures[kind], changes), None if any_format else sources.IMAGE_FORMATS
-            )
-            assert len(pixels) == sources.IMAGE_BYTES
+            pixels, _ = decode_image(changed(pictures[kind], changes), None if any_format else IMAGE_FORMATS)
+            assert len(pixels) == IMAGE_BYTES
 
     @given(st.sampled_from(sorted(packed)), changes)
     def archive_bytes(kind: str, changes: list[Any]) -> None:
         path = Path(f"fuzz{kind}")
         path.write_bytes(changed(packed[kind], changes))
         with judged(done):
-            sources.find_source(path, "cifar10")
-            sources.read_tree(path, True)
+            find_source(path, "cifar10")
+            Tree(path).read(True)
 
     @given(changes)
     def checkpoint_bytes(changes: list[Any]) -> None:

@@ -41,36 +41,37 @@ SETTING = """
 import dataclasses, json, sys
 from pathlib import Path
 from lit_cifar import errors
-from lit_cifar.data import download
+from lit_cifar.data import archives, download, mirror
 told = json.load(open(sys.argv.pop(1)))
-download.CIFAR10 = dataclasses.replace(download.CIFAR10, num_bytes=told["num_bytes"], sha256=told["sha256"])
-download.ARCHIVES["cifar10"] = download.CIFAR10
-download.Limits.__init__.__defaults__ = tuple(told["limits"])
+archives.CIFAR10 = dataclasses.replace(archives.CIFAR10, num_bytes=told["num_bytes"], sha256=told["sha256"])
+archives.ARCHIVES["cifar10"] = archives.CIFAR10
+mirror.Limits.__init__.__defaults__ = tuple(told["limits"])
 """
 FIT = (
     SETTING
     + """
 from torchvision.datasets import CIFAR10
-from lit_cifar import cli, fit
+from lit_cifar import fit
+from lit_cifar.cli import machine
 for name in ("train_list", "test_list", "meta"):
     setattr(CIFAR10, name, told[name])
-cli.run(fit.main)
+machine.run(fit.main)
 """
 )
 FETCH = (
     SETTING
     + """
 def main(args):
-    download.fetch_folder(Path(args[0]), download.CIFAR10, args[1:])
+    download.fetch_folder(Path(args[0]), archives.CIFAR10, args[1:])
 errors.run(main)
 """
 )
 DECODE = (
     SETTING
     + """
-from lit_cifar.data import sources
+from lit_cifar.data.tree import Tree
 def main(args):
-    print(sources.read_tree(Path(args[0]), True).images.sum().item())
+    print(Tree(Path(args[0])).read(True).images.sum().item())
 errors.run(main)
 """
 )
