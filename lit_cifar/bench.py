@@ -23,7 +23,7 @@ from lit_cifar.cli import machine
 from lit_cifar.cli.command import CLI
 from lit_cifar.cli.parser import value_of
 from lit_cifar.errors import UserError
-from lit_cifar.model.module import normalise
+from lit_cifar.model.classifier import normalise
 from lit_cifar.results.report import commit, versions
 
 STAGES = ("fit", "step", "loader")

@@ -18,7 +18,8 @@ import lit_cifar.fit
 from lit_cifar import load
 from lit_cifar.data import shapes
 from lit_cifar.errors import UserError
-from lit_cifar.model.module import LitClassifier, views
+from lit_cifar.model.classifier import views
+from lit_cifar.model.module import LitClassifier
 from lit_cifar.nets import Net, SpeedNet
 
 IMAGES = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,8 @@ from torchvision.transforms import v2
 from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches
 from lit_cifar.data.sources import Split
 from lit_cifar.errors import UserError
-from lit_cifar.model.module import LitClassifier, views
+from lit_cifar.model.classifier import views
+from lit_cifar.model.module import LitClassifier
 from lit_cifar.model.optim import lr_factor
 from lit_cifar.nets import Net
 from lit_cifar.results.metrics import SummedLoss

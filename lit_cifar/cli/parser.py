@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_cifar.errors import UserError
-from lit_cifar.model.module import TTA
+from lit_cifar.model.classifier import TTA
 from lit_cifar.text import nearest
 
 # short flag: (dotted twin, help)

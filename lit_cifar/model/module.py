@@ -1,10 +1,10 @@
-"""LitClassifier: forward, the steps, the metrics, the optimiser; Classifier: what of it is left without the Trainer.
-Layers, pictures and files are elsewhere.
+"""LitClassifier: forward, the steps, the metrics and the optimiser of a training run. classifier.py has the net without
+the Trainer, optim.py the optimiser's arithmetic; layers are in nets/, pictures and reports in results/.
 
 B images in a batch, K classes. Images are (B, 3, 32, 32) uint8 0..255 until LitClassifier.forward.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,91 +15,13 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
 from lit_cifar.errors import UserError
+from lit_cifar.model.classifier import TTA, check_weights, normalise, views
 from lit_cifar.model.optim import Group, MuonSGD, Schedule, claim, lr_factor
 from lit_cifar.results.metrics import Calibration, Mistakes, SummedCalibration, SummedLoss, WorstMistakes
 from lit_cifar.results.report import Report
 
 Batch = tuple[Tensor, Tensor]
-TTA = Literal["none", "mirror", "mirror_shift"]
 NUM_FIRST_IMAGES = 5000  # training images that a net which asks for it is initialised from
-
-
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Scales images (B, 3, 32, 32) uint8 0..255 to [0, 1] and normalises them by mean and std (3, 1, 1)."""
-    return images.to(mean.dtype).sub_(255 * mean).mul_((255 * std).reciprocal())  # in place: 4 times as fast on a CPU
-
-
-def views(images: Tensor, tta: TTA) -> list[tuple[Tensor, float]]:
-    """The views of images (B, 3, 32, 32) whose logits test-time augmentation averages, each with its weight.
-
-    The first view is the images themselves. 'mirror' adds their mirror image; 'mirror_shift' also both of them shifted
-    by one pixel down and right, and up and left, with a reflected border. Weights as in cifar10-airbench.
-    """
-    shifted = []
-    if tta == "mirror_shift":
-        side = torch.arange(images.shape[2], device=images.device)
-        last = len(side) - 1
-        for shift in (-1, 1):
-            pixels = last - (last - (side + shift).abs()).abs()
-            shifted.append(images[:, :, pixels][:, :, :, pixels])
-    if tta == "none":
-        return [(images, 1.0)]
-    own, other = (0.5, 0.0) if tta == "mirror" else (0.25, 0.125)
-    return [
-        (view, weight)
-        for original, weight in [(images, own), *((image, other) for image in shifted)]
-        for view in (original, original.flip(3))
-    ]
-
-
-class Classifier(nn.Module):
-    """A net as LitClassifier's test uses it, without the Trainer; weights have the same names as LitClassifier's.
-
-    Args:
-        net: maps normalised images (B, 3, 32, 32) to logits (B, K).
-        mean: subtracted from pixels scaled to [0, 1], (3, 1, 1).
-        std: then divides them, (3, 1, 1).
-        tta: test-time augmentation, whose views' logits are averaged.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor, tta: TTA = "none") -> None:
-        super().__init__()
-        self.net = net
-        self.tta: TTA = tta
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Maps images (B, 3, 32, 32) uint8 0..255 to logits (B, K): scales, normalises, applies the net to all views.
-
-        Raises:
-            UserError: images have another dtype or shape, such as images that were scaled before.
-        """
-        if images.dtype != torch.uint8 or images.shape[1:] != (3, 32, 32):
-            raise UserError(f"images are {images.dtype} {tuple(images.shape)}; want torch.uint8 (B, 3, 32, 32)")
-        logits: Tensor = sum(
-            self.net(normalise(view, self.mean, self.std)) * weight for view, weight in views(images, self.tta)
-        )
-        return logits
-
-
-def check_weights(module: nn.Module, net: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Checks that a checkpoint's `weights` have the names and shapes of those of `module`, which holds `net`.
-
-    Raises:
-        UserError: they are another net's.
-    """
-    theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
-    ours = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            raise UserError(
-                f"the checkpoint does not fit {type(net).__name__}: {name} is {theirs.get(name, 'missing')} "
-                f"in the file and {ours.get(name, 'missing')} in the net; name the file's net with --model.net"
-            )
 
 
 class LitClassifier(LightningModule):

@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from lit_cifar.model.module import Classifier, LitClassifier
+from lit_cifar.model.classifier import Classifier
+from lit_cifar.model.module import LitClassifier
 from lit_cifar.results import pictures
 from lit_cifar.results.report import commit, versions
 from lit_cifar.training.progress import write
