@@ -94,6 +94,25 @@ def check_weights(module: nn.Module, net: nn.Module, weights: dict[str, Tensor])
             )
 
 
+def check_classes(checkpoint: dict[str, Any], classes: tuple[str, ...]) -> None:
+    """Checks that a checkpoint's classes are the data's `classes`; where either are not known it has no objection.
+
+    Raises:
+        UserError: they are others.
+    """
+    trained_on = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
+    if trained_on and classes and trained_on != classes:
+        raise UserError(
+            f"the checkpoint's classes ({_listed(trained_on)}) are not the data's ({_listed(classes)}): "
+            "use the data it was trained on"
+        )
+
+
+def _listed(classes: tuple[str, ...]) -> str:
+    shown = ", ".join(classes[:12])
+    return shown if len(classes) <= 12 else f"{shown}, ...: {len(classes)} in all"
+
+
 class Classes(tuple[str, ...]):
     """Names of the K classes, which a tensor of indices turns into a list of names."""
 
