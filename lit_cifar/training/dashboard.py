@@ -16,7 +16,7 @@ from lit_cifar.model.classifier import Classifier
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.results import pictures
 from lit_cifar.results.report import commit, versions
-from lit_cifar.training.progress import write
+from lit_cifar.training.lines import write
 
 NUM_TRAINING_IMAGES = 32  # in the picture of what the net is given
 
