@@ -43,16 +43,12 @@ class Pace:
 
 
 class Speed:
-    """A stopwatch over batches, which pauses in validation and whatever else happens between two epochs.
+    """A stopwatch over batches, which pauses in validation and whatever else happens between two epochs."""
 
-    Args:
-        waited_seconds: the time spent waiting for images so far, which is left out.
-    """
-
-    def __init__(self, waited_seconds: float = 0.0) -> None:
+    def __init__(self) -> None:
         self._num_batches = 0
         self._seconds = 0.0
-        self._waited_seconds = waited_seconds
+        self._waited_seconds = 0.0
         self._since: float | None = None  # on time.perf_counter's clock; None while paused
 
     def resume(self) -> None:
