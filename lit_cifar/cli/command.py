@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
@@ -24,7 +24,7 @@ from lit_cifar.cli.parser import OWN_FLAGS, Parser, value_of
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError
 from lit_cifar.model.module import LitClassifier
-from lit_cifar.run.folder import run_folder, run_version
+from lit_cifar.run.folder import Run, run_folder, run_version
 from lit_cifar.run.logger import RunLogger
 from lit_cifar.run.save import Checkpoints, DurableCheckpointIO
 from lit_cifar.training import loop
@@ -43,6 +43,14 @@ TRAINER_DEFAULTS = {
 }
 
 DEFAULT_NET, DEFAULT_NUM_CLASSES = "lit_cifar.nets.Net", 10
+
+
+class _TellRun(Callback):
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        run = Run(Path(trainer.log_dir or "."))  # asked for on every rank: rank 0 broadcasts it
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Progress) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                callback.run = run
 
 
 class CLI(LightningCLI):
@@ -162,7 +170,7 @@ class CLI(LightningCLI):
             overrides["enable_progress_bar"] = interactive
         if not self.config["data"]["num_val"]:
             overrides["limit_val_batches"] = 0
-        overrides["callbacks"] = [*_as_list(config["callbacks"]), DeviceShapes(), Dashboard(self._command)]
+        overrides["callbacks"] = [*_as_list(config["callbacks"]), DeviceShapes(), Dashboard(self._command), _TellRun()]
         if self._has_several_devices(config):
             overrides["callbacks"].append(SlowRank())
         if overrides.get("enable_progress_bar", config["enable_progress_bar"]):

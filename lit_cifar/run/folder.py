@@ -8,6 +8,16 @@ RESULTS = "results.json"  # of a run that was tested
 TRIAL = "trial.json"  # of a run that is a sweep's trial
 
 
+class Run:
+    """One run and its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def checkpoint(self, name: str) -> Path:
+        return self.folder / "checkpoints" / f"{name}.ckpt"
+
+
 def run_version(run: Path) -> int:
     """N of a folder version_N, -1 of any other."""
     match = re.fullmatch(r"version_(\d+)", run.name)
