@@ -36,6 +36,12 @@ def _first(variables: tuple[str, ...]) -> int:
     return next((int(os.environ[name]) for name in variables if os.environ.get(name, "").isdecimal()), 0)
 
 
+def debug(line: str) -> None:
+    """Prints on standard error, at level 'debug' only, what explains how something is done."""
+    if is_said("debug"):
+        print(f"lit_cifar: debug: {_who()}{line}", file=sys.stderr, flush=True)
+
+
 def tell(line: str) -> None:
     """Says on standard error what goes on; other ranks than the first say who they are."""
     if is_said("info"):

@@ -49,6 +49,7 @@ class Progress(Callback):
         self._log_every = int(trainer.log_every_n_steps) or self.every_n_steps  # type: ignore[attr-defined]
         self._losses = []
         self._logged_step = trainer.global_step
+        self._speeds = {"logged": Speed(), "printed": Speed()}
         self._watch = Watch()
         if trainer.is_global_zero:
             num_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
@@ -174,11 +175,14 @@ class Progress(Callback):
         if trainer.is_global_zero:
             num_steps = f"{int(trainer.num_training_batches):,}"
             step = f"{batch_idx + 1:>{len(num_steps)},}"
-            line = (
-                f"epoch {trainer.current_epoch + 1}  step {step} of {num_steps}  loss {loss:.3f}  {speed:,.0f} images/s"
-            )
-            left = time_left(trainer, batch_idx, pace.seconds_per_batch)
-            write(trainer, f"{line}  {left}" if left else line)
+            parts = [
+                f"epoch {trainer.current_epoch + 1}",
+                f"step {step} of {num_steps}",
+                f"loss {loss:.3f}",
+                f"{speed:,.0f} images/s",
+                time_left(trainer, batch_idx, pace.seconds_per_batch),
+            ]
+            write(trainer, "  ".join(filter(None, parts)))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # called on every rank: what is on the devices is summed, so that a resumed run's means are those of the whole

@@ -1,4 +1,5 @@
-"""What each rank does: its device and shapes, and which one keeps the others waiting. watch.py decides what is too slow."""
+"""What each rank does: its device and shapes, and which one keeps the others waiting. watch.py decides what is
+too slow."""
 
 import socket
 import time
