@@ -127,8 +127,6 @@ def test_a_debug_line_says_once_why_the_lean_loop_stands_aside(
     lit_cifar.fit.main([*few, *flags, "--log_level", "debug"])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lit_cifar: debug:")]
     assert lines == ([f"{STANDS_ASIDE}{reason}"] if reason else [])
-    lit_cifar.fit.main([*few, *flags])
-    assert "debug" not in capsys.readouterr().err
 
 
 def test_the_first_rank_says_that_another_strategy_is_not_lean(run_command: Run) -> None:
