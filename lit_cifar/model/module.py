@@ -38,20 +38,23 @@ class LitClassifier(LightningModule):
 
     Args:
         net: maps normalised images (B, 3, 32, 32) to logits (B, K).
-        lr: base learning rate of SGD.
-        momentum: momentum of SGD.
-        weight_decay: L2 penalty of SGD.
+        lr: base learning rate of SGD, 0 or more.
+        momentum: momentum of SGD, 0 to below 1.
+        weight_decay: L2 penalty of SGD, 0 or more.
         nesterov: Nesterov's form of momentum.
         label_smoothing: share of the target spread evenly over all classes, 0 to 1 (arXiv 1512.00567).
         schedule: course of the learning rate over all steps: 'constant', 'linear' or 'cosine' to 0, or 'onecycle'.
         warmup: share of the steps in which the rate rises, 0 to 1.
         mean: subtracted from pixels scaled to [0, 1], per channel; travels in the checkpoint.
-        std: then divides them; travels in the checkpoint.
+        std: then divides them, above 0; travels in the checkpoint.
         compile: compile the net with torch.compile; its names in the checkpoint stay the same.
         groups: parameter groups with settings of their own, and of kind 'sgd' or 'muon'; none: SGD for all parameters.
-        sides: side of the images in equal parts of the training, in pixels, at most 32: [24, 32] trains its first half
+        sides: side of the images in equal parts of the training run, in pixels, 8 to 32: [24, 32] trains the first half
             on images of 24x24. None: always as they are. Tests always see them as they are.
         tta: test-time augmentation, whose views' logits are averaged: 'none', 'mirror', or 'mirror_shift' (6 views).
+
+    Raises:
+        UserError: a setting is out of its range.
     """
 
     mean: Tensor
@@ -255,7 +258,7 @@ class LitClassifier(LightningModule):
         """Applies settings changed since the checkpoint, whose own come with a restored optimiser."""
         optimizer = self.trainer.optimizers[0]
         if isinstance(optimizer, torch.optim.SGD) and optimizer.state:
-            # restored, and nothing for weights that had no gradient yet, of which torch's fused step would fail
+            # it was restored without buffers for weights that had no gradient yet; torch's fused step needs them
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
                 optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
@@ -300,11 +303,10 @@ class LitClassifier(LightningModule):
         self.check_fits(checkpoint)
 
     def check_fits(self, checkpoint: dict[str, Any], classes: tuple[str, ...] = ()) -> None:
-        """Checks that a checkpoint's weights are this module's, and its classes the data's: `classes`, or else those of
-        set_classes.
+        """Checks that a checkpoint has this net's weights, and the data's classes: `classes`, or those of set_classes.
 
         Raises:
-            UserError: they are another net's, or its classes are not the data's.
+            UserError: the weights are another net's, or the classes are others.
         """
         check_weights(self, self.net, checkpoint["state_dict"])
         check_classes(checkpoint, classes or self.classes)

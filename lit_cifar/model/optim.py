@@ -87,12 +87,15 @@ class Group:
 
     Args:
         name: what dashboards call the group.
-        pattern: regular expression, searched for in the parameter's name.
+        pattern: regular expression that is searched for in the parameter's name.
         kind: 'sgd', or 'muon' for convolutions' filters and matrices.
-        lr: base learning rate; null takes the model's, as do the next three.
-        momentum: momentum.
-        weight_decay: L2 penalty; of kind 'sgd' only, since 'muon' keeps each filter bank's norm.
+        lr: base learning rate, 0 or more; null takes the model's, as do the next three.
+        momentum: momentum, 0 to below 1.
+        weight_decay: L2 penalty, 0 or more; of kind 'sgd' only, since 'muon' keeps each filter bank's norm.
         nesterov: Nesterov's form of momentum.
+
+    Raises:
+        UserError: a setting is out of its range.
     """
 
     name: str

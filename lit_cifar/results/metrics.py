@@ -172,7 +172,7 @@ class WorstMistakes(_Exact):
             self.add_state(name, state, dist_reduce_fx=_join_ranks)
 
     def update(self, probabilities: Tensor, images: Tensor, labels: Tensor) -> None:
-        """Sees images (B, 3, 32, 32) uint8 with their probabilities (B, K), 0 to 1, and labels (B,)."""
+        """Takes in images (B, 3, 32, 32) uint8 with their probabilities (B, K), 0 to 1, and labels (B,)."""
         confidences, predictions = probabilities.max(1)
         confidences = torch.where(predictions == labels, -1.0, confidences)
         confidences, new = confidences.topk(min(NUM_MISTAKES, len(labels)))
@@ -190,7 +190,7 @@ class WorstMistakes(_Exact):
         return images[worst], labels[worst], predictions[worst], confidences
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The fields of Mistakes, NUM_MISTAKES of each; where there were fewer, confidences of -1 fill the end."""
+        """The fields of Mistakes, NUM_MISTAKES of each; where there were fewer, the rest have a confidence of -1."""
         return self._worst(self.images, self.labels, self.predictions, self.confidences)
 
 

@@ -123,7 +123,7 @@ def mistakes(found: Mistakes, classes: Sequence[str]) -> Picture:
     """Images that the net got wrong, the most confident mistake first, each with its class, the predicted class and the
     net's confidence in that."""
     captions = [
-        (f"is {classes[label]}", f"predicted {classes[prediction]}", f"{100 * confidence:.1f} % confident")
+        (f"is {classes[label]}", f"said {classes[prediction]}", f"{100 * confidence:.1f} % sure")
         for label, prediction, confidence in zip(
             found.labels.tolist(), found.predictions.tolist(), found.confidences.tolist(), strict=True
         )

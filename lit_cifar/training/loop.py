@@ -42,7 +42,7 @@ def _explain(obstacle: str) -> None:
 class LeanEpochLoop(_TrainingEpochLoop):
     """Does what Lightning's loop does, and leaves the same progress in checkpoints.
 
-    It takes a step itself where everything between a batch and the updated weights is LitClassifier's: on one device,
+    It takes a step itself where only LitClassifier decides what happens between a batch and the weights: on one device,
     without gradient scaling, clipping or accumulation, and with no callback that is called within the step. Otherwise,
     and for the first step after a resume, Lightning's own loop does; a debug line says why.
     """
@@ -66,7 +66,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
             _explain(self._obstacle)
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
-        """The same within an epoch that is not validated; asked for after each step."""
+        """Answers at once in an epoch without validation; Lightning asks after each step."""
         return self._validates and super()._should_check_val_fx(data_fetcher)
 
     def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:

@@ -11,12 +11,12 @@ from lit_cifar.data.loader import DeviceLoader
 
 @dataclass(frozen=True)
 class Pace:
-    """What some batches took.
+    """How fast some batches were trained on.
 
     Args:
         num_batches: number of batches.
-        seconds: that they took, pauses left out.
-        wait_seconds: part of it that was spent waiting for images.
+        seconds: time that they took, pauses left out.
+        wait_seconds: the part of it that was spent waiting for images.
     """
 
     num_batches: int
@@ -28,11 +28,11 @@ class Pace:
         return self.seconds / max(1, self.num_batches)
 
     def images_per_second(self, batch_size: int) -> float:
-        """Images of all devices in a second, of batches of `batch_size` on all of them together."""
+        """Images per second on all devices together; `batch_size` counts those of all devices too."""
         return batch_size / max(self.seconds_per_batch, 1e-9)
 
     def figures(self, batch_size: int, batches_per_step: int) -> dict[str, float]:
-        """Values by name for loggers; none of no batches."""
+        """Values by name for loggers; empty where there was no batch."""
         if not self.num_batches or not self.seconds:
             return {}
         return {
@@ -52,7 +52,7 @@ class Speed:
         self._since: float | None = None  # on time.perf_counter's clock; None while paused
 
     def resume(self) -> None:
-        """Goes on, where it is paused."""
+        """Starts, or goes on after a pause."""
         if self._since is None:
             self._since = time.perf_counter()
 
@@ -88,7 +88,7 @@ def waited_seconds(trainer: Trainer) -> float:
 
 
 def time_left(trainer: Trainer, batch_idx: int, seconds_per_batch: float) -> str:
-    """Of the training run, for the end of a line, such as '2 min 3 s left'; empty where its end is not known."""
+    """The rest of the training run, such as '2 min 3 s left'; empty where its end is not known."""
     num_batches = int(trainer.num_training_batches)
     left = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:

@@ -17,9 +17,9 @@ from lit_cifar.run.folder import Run
 
 STARVES = 0.5  # share of a step that it waits for its images
 LAGS, LAG_OF_STEP = 1.3, 0.1  # times what the other ranks take, and the difference as a share of the step
-IN_A_ROW = 3  # times that what comes and goes with a machine's load must be seen
-CHECKPOINTS_LEFT = 3  # that must have room on the disk
-ROOM_BYTES = 50_000_000  # for events and reports, besides
+IN_A_ROW = 3  # times that something must be seen which may come and go with the machine's load
+CHECKPOINTS_LEFT = 3  # checkpoints for which the disk must have room
+ROOM_BYTES = 50_000_000  # and for events and reports
 
 
 class Watch:
@@ -36,7 +36,12 @@ class Watch:
     def figures(
         self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float], run: Run | None
     ) -> list[str]:
-        """The warnings that the metrics of a step, the loader and the run's disk give rise to."""
+        """New warnings about what was logged at a step, about the loader and about the run's disk.
+
+        Args:
+            metrics: what was logged; only those of the loss and the speed are looked at.
+            run: the run whose disk is watched; None where there is none.
+        """
         assert isinstance(pl_module, LitClassifier)
         step, loader = trainer.global_step, trainer.train_dataloader
         found = [self.loss(step, metrics["train/loss"], len(pl_module.classes))]
@@ -52,7 +57,7 @@ class Watch:
         return [warning for warning in found if warning]
 
     def loss(self, step: int, loss: float, num_classes: int) -> str | None:
-        """Of a mean cross-entropy. Guessing costs ln K; a loss twice that is on its way up, whatever it was before."""
+        """Judges a mean cross-entropy. Guessing costs ln K, so a loss of twice that is on its way up."""
         guessing = math.log(num_classes)
         return self._once(
             "explodes",
@@ -62,7 +67,7 @@ class Watch:
         )
 
     def data(self, step: int, wait_ms: float, step_ms: float, num_workers: int | None, num_cores: int) -> str | None:
-        """Of the time that a step waits for its images; `num_workers` is None where no workers make them."""
+        """Judges the time that a step waits for its images; `num_workers` is None where no workers make them."""
         if num_workers is None:
             way_out = "choose less --data.augment, or a faster device for it"
         elif num_workers < num_cores:
@@ -76,7 +81,7 @@ class Watch:
         )
 
     def ranks(self, step: int, own_ms: Sequence[float], step_ms: float, hosts: Sequence[str]) -> str | None:
-        """Of the time that each rank takes of a step by itself, before gradients are exchanged."""
+        """Judges the part of a step that each rank does by itself, before gradients are exchanged."""
         slowest = max(range(len(own_ms)), key=own_ms.__getitem__)
         others_ms = statistics.median([*own_ms[:slowest], *own_ms[slowest + 1 :]])
         lags = own_ms[slowest] > LAGS * others_ms and own_ms[slowest] - others_ms > LAG_OF_STEP * step_ms
@@ -91,7 +96,7 @@ class Watch:
         )
 
     def disk(self, step: int, folder: Path, free_bytes: int, checkpoint_bytes: int) -> str | None:
-        """Of the free space where the run writes; `checkpoint_bytes` is 0 before the first checkpoint."""
+        """Judges the free space where the run writes; `checkpoint_bytes` is 0 before the first checkpoint."""
         return self._once(
             "disk",
             free_bytes < CHECKPOINTS_LEFT * checkpoint_bytes + ROOM_BYTES,
