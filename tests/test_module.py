@@ -204,19 +204,19 @@ def test_a_hyperparameter_out_of_range_is_named(options: dict[str, Any]) -> None
 
 def test_settings_are_plain_numbers_whose_checkpoint_anyone_can_load(tmp_path: Path) -> None:
     given = {"lr": NonNegativeFloat(0.1), "momentum": HalfOpenUnitInterval(0.8), "sides": [Side(16)]}  # the parser's
-    module = LitClassifier(Net(), **given, groups=[Group("all", "", lr=NonNegativeFloat(0.2))])
+    module = LitClassifier(Net(), **given)
     assert [type(value) for value in (module.lr, module.momentum, *module.sides)] == [float, float, int]
     module._trainer = stub_trainer()
     optimizer = module.configure_optimizers()
     assert isinstance(optimizer, torch.optim.Optimizer)
     torch.save(optimizer.state_dict(), tmp_path / "optimiser.pt")
-    assert torch.load(tmp_path / "optimiser.pt", weights_only=True)["param_groups"][0]["lr"] == 0.2
+    assert torch.load(tmp_path / "optimiser.pt", weights_only=True)["param_groups"][0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("setting", [{"lr": -1}, {"momentum": 1}, {"weight_decay": float("nan")}])
 def test_a_groups_setting_out_of_range_is_named(setting: dict[str, float]) -> None:
     with pytest.raises(UserError, match=f"--model.groups: filters's {next(iter(setting))} .* is out of range"):
-        Group("filters", "conv", **setting)  # type: ignore[arg-type]
+        LitClassifier(Net(), groups=[Group("filters", "", **setting)])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])

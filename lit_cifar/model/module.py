@@ -91,6 +91,8 @@ class LitClassifier(LightningModule):
         self.schedule: Schedule = schedule
         self.warmup: float = checked("--model.warmup", warmup, ClosedUnitInterval)
         self.groups = groups or []
+        for group in self.groups:
+            group.check()
         self.sides: list[int] = [checked("--model.sides", side, Side) for side in sides or []]
         self.tta: TTA = tta
         std = tuple(checked("--model.std", deviation, PositiveFloat) for deviation in std)

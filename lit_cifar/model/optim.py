@@ -93,9 +93,6 @@ class Group:
         momentum: momentum, 0 to below 1.
         weight_decay: L2 penalty, 0 or more; of kind 'sgd' only, since 'muon' keeps each filter bank's norm.
         nesterov: Nesterov's form of momentum.
-
-    Raises:
-        UserError: a setting is out of its range.
     """
 
     name: str
@@ -106,14 +103,19 @@ class Group:
     weight_decay: float | None = None
     nesterov: bool | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Checks the group's settings; the parser cannot word what is wrong within a list.
+
+        Raises:
+            UserError: one is out of its range.
+        """
         for key, kind in (
             ("lr", NonNegativeFloat),
             ("momentum", HalfOpenUnitInterval),
             ("weight_decay", NonNegativeFloat),
         ):
             if (value := getattr(self, key)) is not None:
-                object.__setattr__(self, key, checked(f"--model.groups: {self.name}'s {key}", value, kind))
+                checked(f"--model.groups: {self.name}'s {key}", value, kind)
 
 
 def claim(named_parameters: Iterable[tuple[str, nn.Parameter]], groups: Sequence[Group]) -> list[list[nn.Parameter]]:
