@@ -26,7 +26,7 @@ from lit_cifar.cli.command import CLI, set_up
 from lit_cifar.cli.parser import truth
 from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
-from lit_cifar.model.module import normalise
+from lit_cifar.model.classifier import normalise
 from lit_cifar.results.report import commit, versions
 
 STAGES = ("fit", "step", "loader")

@@ -23,8 +23,7 @@ from lit_cifar.data.official import DEFAULT_DATA_DIR
 from lit_cifar.data.source import find_source
 from lit_cifar.errors import UserError
 from lit_cifar.files import write_durably
-from lit_cifar.model.classifier import load
-from lit_cifar.model.module import Classifier
+from lit_cifar.model.classifier import Classifier, load
 from lit_cifar.run.read import read_checkpoint
 
 LARGEST_DIFFERENCE = 1e-4  # of an exported net's logits

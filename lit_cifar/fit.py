@@ -20,7 +20,7 @@ from lit_cifar.errors import UserError  # noqa: E402
 from lit_cifar.model.classifier import checked_config  # noqa: E402
 from lit_cifar.results.report import peak_memory, print_report, write_results  # noqa: E402
 from lit_cifar.run.read import State, check_state, find_checkpoint, read_checkpoint  # noqa: E402
-from lit_cifar.training.progress import RunningLoss  # noqa: E402
+from lit_cifar.training.progress import Progress  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _started
 
@@ -84,10 +84,10 @@ def train(command: CLI, started: float) -> dict[str, float]:
     with machine.inherited(RESUME_VARIABLE, str(path or "")):
         trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
     fit_seconds = time.perf_counter() - fit_started
-    running_loss = next(callback for callback in trainer.callbacks if isinstance(callback, RunningLoss))  # type: ignore[attr-defined]
+    progress = next(callback for callback in trainer.callbacks if isinstance(callback, Progress))  # type: ignore[attr-defined]
     return {
-        "start": running_loss.train_started - started,
-        "first_step": running_loss.first_step_seconds,
+        "start": progress.train_started - started,
+        "first_step": progress.first_step_seconds,
         "fit": fit_seconds,
     }
 

@@ -50,6 +50,12 @@ def _launched(of_torchrun: str, of_slurm: str) -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if CHILD_VARIABLE in os.environ else 0
 
 
+def debug(line: str) -> None:
+    """Prints on standard error, at level 'debug' only, what explains how something is done."""
+    if is_said("debug"):
+        print(f"lit_cifar: debug: {_who()}{line}", file=sys.stderr, flush=True)
+
+
 def tell(line: str) -> None:
     """Says on standard error what goes on; other ranks than the first say who they are."""
     if is_said("info"):

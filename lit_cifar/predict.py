@@ -18,8 +18,7 @@ from lit_cifar.cli import machine
 from lit_cifar.cli.parser import NetParser
 from lit_cifar.data.images import IMAGE_SUFFIXES, decode_image, in_order
 from lit_cifar.errors import UserError
-from lit_cifar.model.classifier import load
-from lit_cifar.model.module import Classifier
+from lit_cifar.model.classifier import Classifier, load
 from lit_cifar.text import printable
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")  # taken from folders

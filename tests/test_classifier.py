@@ -17,8 +17,10 @@ import lit_cifar
 import lit_cifar.fit
 from lit_cifar import load
 from lit_cifar.data import shapes
+from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError
-from lit_cifar.model.module import LitClassifier, views
+from lit_cifar.model.classifier import views
+from lit_cifar.model.module import LitClassifier
 from lit_cifar.nets import Net, SpeedNet
 
 IMAGES = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -170,8 +172,10 @@ def test_images_of_another_kind_are_refused(trained: Path, images: Tensor) -> No
         load(trained / "checkpoints" / "last.ckpt")[0](images)
 
 
-def test_the_package_has_load_and_nothing_that_it_has_not() -> None:
+def test_the_package_has_load_module_and_data_and_nothing_that_it_has_not() -> None:
     assert lit_cifar.load is load
+    assert lit_cifar.LitClassifier is LitClassifier
+    assert lit_cifar.CIFAR10DataModule is CIFAR10DataModule
     with pytest.raises(AttributeError, match="no attribute 'save'"):
         lit_cifar.save  # noqa: B018
 

@@ -14,13 +14,18 @@ import numpy as np
 import pytest
 import torch
 from helpers import SHAPES
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 import lit_cifar.fit
+from lit_cifar.data.datamodule import CIFAR10DataModule
+from lit_cifar.model.module import LitClassifier
+from lit_cifar.nets import Net
 from lit_cifar.results import pictures
-from lit_cifar.training.dashboard import charts, hyperparameters
+from lit_cifar.training.dashboard import Dashboard, charts, hyperparameters
 
 VALIDATED = [*SHAPES, "--batch_size", "50", "--lr", "0.02", "--max_epochs", "2", "--data.num_val", "1000"]
 PICTURES = ["confusion", "mistakes", "reliability"]
@@ -66,6 +71,30 @@ def test_a_run_with_validation_fills_every_page() -> None:
     assert torch.__version__ in text(events, "run")
     assert "star" in text(events, "test/classes")
     assert tags["graph"]
+
+
+def test_tensorboards_logger_may_stand_behind_others() -> None:
+    other, tensorboard = CSVLogger("csv"), TensorBoardLogger("lightning_logs", name="", version="version_0")
+    trainer = Trainer(
+        max_steps=2,
+        limit_test_batches=1,
+        logger=[other, tensorboard],
+        callbacks=[Dashboard()],
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    module, data = LitClassifier(Net()), CIFAR10DataModule(dataset="shapes")
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    tags = events_of("version_0").Tags()
+    assert {f"test/{name}" for name in PICTURES} <= set(tags["images"])
+    assert tags["graph"]
+    assert "test/accuracy" in tags["scalars"]
+    assert "test/accuracy" in other.experiment.metrics_keys
 
 
 def patterns(layout: layout_pb2.Layout) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPES, assert_same_run
+from helpers import SHAPES, Run, assert_same_run
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 import lit_cifar.fit
@@ -98,7 +98,45 @@ def test_what_the_lean_loop_does_not_do_is_left_to_lightnings(
                 lit_cifar.fit.main([*FEW, *flags])
 
 
-def test_the_module_answers_no_call_that_the_lean_loop_leaves_out() -> None:
+class BeforeBackward(Callback):
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """Is called within each step."""
+
+
+STANDS_ASIDE = "lit_cifar: debug: Lightning's own loop takes each step, and the lean loop none: "
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--trainer.accumulate_grad_batches", "2"], "gradients of 2 batches are accumulated"),
+        (["--trainer.gradient_clip_val", "1.0"], "gradients are clipped to 1.0"),
+        (["--trainer.profiler", "simple"], "the profiler is SimpleProfiler"),
+        (
+            ["--trainer.callbacks+=test_loop.BeforeBackward"],
+            "BeforeBackward.on_before_backward is called within each step",
+        ),
+        (["--precision", "bf16-mixed"], None),
+    ],
+)
+def test_a_debug_line_says_once_why_the_lean_loop_stands_aside(
+    flags: list[str], reason: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [*FEW, "--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "2"]
+    lit_cifar.fit.main([*few, *flags, "--log_level", "debug"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lit_cifar: debug:")]
+    assert lines == ([f"{STANDS_ASIDE}{reason}"] if reason else [])
+
+
+def test_the_first_rank_says_that_another_strategy_is_not_lean(run_command: Run) -> None:
+    few = [*FEW, "--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "2", "--log_level", "debug"]
+    done = run_command("lit_cifar.fit", *few, "--devices", "2")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "lean loop" in line]
+    assert lines == [f"{STANDS_ASIDE}the strategy is DDPStrategy"]
+
+
+def test_the_module_overrides_no_hook_that_the_lean_loop_leaves_out() -> None:
     for hook in (
         *("on_train_batch_start", "on_train_batch_end", "on_before_zero_grad", "on_before_backward", "backward"),
         *("on_after_backward", "on_before_optimizer_step", "optimizer_step", "optimizer_zero_grad"),
@@ -109,12 +147,16 @@ def test_the_module_answers_no_call_that_the_lean_loop_leaves_out() -> None:
         assert getattr(CIFAR10DataModule, hook) is getattr(LightningDataModule, hook)
 
 
-def test_an_unknown_lightning_keeps_its_own_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_lightning_keeps_its_own_loop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def made() -> type:
-        command = CLI(FEW, prog="test", description="", logs=False)
+        command = CLI([*FEW, "--log_level", "debug"], prog="test", description="", logs=False)
         return type(command.trainer.fit_loop.epoch_loop)
 
     assert made() is loop.LeanEpochLoop
+    assert STANDS_ASIDE not in capsys.readouterr().err
     monkeypatch.setattr(loop.lightning, "__version__", "2.9.0")
     assert made() is not loop.LeanEpochLoop
+    assert f"{STANDS_ASIDE}it is not known to fit Lightning 2.9.0\n" in capsys.readouterr().err
     assert not Path("lightning_logs").exists()

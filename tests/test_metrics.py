@@ -14,6 +14,7 @@ from lit_cifar.results.metrics import (
     Calibration,
     Mistakes,
     SummedCalibration,
+    Tally,
     WorstMistakes,
     _add,
 )
@@ -98,6 +99,31 @@ def test_ranks_join_to_what_one_would_have_counted() -> None:
         mistakes[rank].update(PROBABILITIES[rank::3], IMAGES[rank::3], LABELS[rank::3])
     assert Calibration.of(*joined(list(calibrations)).compute()).error == pytest.approx(calibrate(64).error, abs=1e-12)
     assert torch.equal(Mistakes.of(*joined(list(mistakes)).compute()).images, worst(64).images)
+
+
+def test_a_tally_counts_as_its_metrics_do_and_starts_again_once_taken() -> None:
+    logits = PROBABILITIES.log()
+    tally = Tally(NUM_CLASSES)
+    for _ in range(2):
+        for batch in zip(logits.split(64), IMAGES.split(64), LABELS.split(64), strict=True):
+            tally.update(*batch)
+        confusion, loss, calibration, mistakes = tally.take()
+        assert confusion.sum() == NUM_IMAGES
+        assert confusion.diag().sum() == (logits.argmax(1) == LABELS).sum()
+        assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits.double(), LABELS)), rel=1e-6)
+        assert calibration.error == pytest.approx(calibrate(64).error, abs=1e-6)
+        assert torch.equal(mistakes.images, worst(64).images)
+
+
+def test_a_tally_moves_with_its_module_and_is_not_in_a_checkpoint() -> None:
+    module = torch.nn.ModuleDict({"test": Tally(NUM_CLASSES)})
+    assert module.state_dict() == {}
+    module.bfloat16().to("meta")  # as --precision bf16-true converts a module
+    metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
+    states = [getattr(metric, name) for metric in metrics for name in metric._defaults]
+    assert len(metrics) == 4
+    assert {state.device.type for state in states} == {"meta"}
+    assert torch.bfloat16 not in {state.dtype for state in states}
 
 
 def test_sums_in_float32_lose_nothing_that_matters() -> None:

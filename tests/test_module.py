@@ -1,6 +1,7 @@
 """LitClassifier against torch, torchvision and scikit-learn: the same logits, losses, gradients, counts and steps."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,10 @@ from torchvision.transforms import v2
 from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches
 from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
-from lit_cifar.model.module import LitClassifier, views
-from lit_cifar.model.optim import lr_factor
+from lit_cifar.model.classifier import views
+from lit_cifar.model.module import LitClassifier
+from lit_cifar.model.optim import Group, lr_factor
+from lit_cifar.model.ranges import HalfOpenUnitInterval, NonNegativeFloat, Side
 from lit_cifar.nets import Net
 from lit_cifar.results.metrics import SummedLoss
 from lit_cifar.results.report import Report
@@ -189,7 +192,7 @@ def test_another_number_of_logits_names_both_numbers_and_the_way_out() -> None:
     "options",
     [
         *({"lr": -0.1}, {"lr": float("nan")}, {"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1e-4}),
-        *({"label_smoothing": 1.1}, {"label_smoothing": -0.1}, {"warmup": 1.5}, {"warmup": -0.1}),
+        *({"label_smoothing": 1.1}, {"label_smoothing": -0.1}, {"warmup": 1.5}, {"warmup": -0.1}, {"lr": "fast"}),
         {"std": (0.5, 0.0, 0.5)},
         {"nesterov": True, "momentum": 0.0},
     ],
@@ -197,6 +200,39 @@ def test_another_number_of_logits_names_both_numbers_and_the_way_out() -> None:
 def test_a_hyperparameter_out_of_range_is_named(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"--model.{next(iter(options))} "):
         LitClassifier(Net(), **options)
+
+
+def test_settings_are_plain_numbers_whose_checkpoint_anyone_can_load(tmp_path: Path) -> None:
+    given = {"lr": NonNegativeFloat(0.1), "momentum": HalfOpenUnitInterval(0.8), "sides": [Side(16)]}  # the parser's
+    module = LitClassifier(Net(), **given)
+    assert [type(value) for value in (module.lr, module.momentum, *module.sides)] == [float, float, int]
+    module._trainer = stub_trainer()
+    optimizer = module.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "optimiser.pt")
+    assert torch.load(tmp_path / "optimiser.pt", weights_only=True)["param_groups"][0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("setting", [{"lr": -1}, {"momentum": 1}, {"weight_decay": float("nan")}])
+def test_a_groups_setting_out_of_range_is_named(setting: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=f"--model.groups: filters's {next(iter(setting))} .* is out of range"):
+        LitClassifier(Net(), groups=[Group("filters", "", **setting)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_a_trainer_without_a_data_module_is_told_what_is_needed(stage: str) -> None:
+    loader = Data().test_dataloader()
+    trainer = Trainer(
+        max_epochs=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
+    )
+    with pytest.raises(UserError, match=r"needs a data module.*datamodule=CIFAR10DataModule"):
+        getattr(trainer, stage)(LitClassifier(linear(10)), loader)
 
 
 def saved(module: LitClassifier) -> dict[str, Any]:

@@ -109,12 +109,12 @@ def test_a_signal_to_any_rank_stops_all_and_the_resumed_run_ends_the_same(
 
 
 def test_a_signal_after_the_last_step_of_an_epoch_stops_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_cifar.training.progress import RunningLoss
+    from lit_cifar.training.progress import Progress
 
-    def interrupt(self: RunningLoss, trainer: object, *_: object) -> None:
+    def interrupt(self: Progress, trainer: object, *_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(RunningLoss, "on_validation_start", interrupt)
+    monkeypatch.setattr(Progress, "on_validation_start", interrupt)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match="by SIGTERM after step 90;"):
         lit_cifar.fit.main([*SHAPES, "--batch_size", "100", "--data.num_val", "1000"])

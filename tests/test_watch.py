@@ -1,4 +1,4 @@
-"""Warnings of a training that goes on, and lines in general: each is said once, by one rank, at the level asked for."""
+"""Warnings and other lines of a training run: each is printed once, by one rank, at the level asked for."""
 
 import re
 import shutil
@@ -8,10 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import SHAPES, Run, followed
+from lightning.pytorch import Trainer
 
 import lit_cifar.fit
 from lit_cifar import log
+from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import DivergedError
+from lit_cifar.model.module import LitClassifier
+from lit_cifar.nets import Net
+from lit_cifar.training import speed
+from lit_cifar.training.progress import Progress
+from lit_cifar.training.speed import Pace, Speed
 from lit_cifar.training.watch import IN_A_ROW, Watch
 
 STEPS = [*SHAPES, "--batch_size", "8", "--trainer.log_every_n_steps", "5"]
@@ -79,6 +86,48 @@ def test_a_full_disk_is_told_once_before_it_is_full(
     size = Path("lightning_logs/version_0/checkpoints/last.ckpt").stat().st_size / 1e6
     # 51 MB are enough until there is a checkpoint, of which three must have room beside the rest
     assert re.match(rf"51 MB are left on the disk of .*, and a checkpoint takes {size:.1f} MB \(step 15\)", warning)
+
+
+def test_without_a_runs_folder_no_disk_is_watched_and_no_state_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    trainer = Trainer(
+        max_steps=50,
+        log_every_n_steps=5,
+        limit_val_batches=0,
+        callbacks=[Progress()],
+        logger=False,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(DivergedError, match=r"not finite.*: choose a smaller --lr$"):
+        trainer.fit(LitClassifier(Net(), lr=1e6), datamodule=CIFAR10DataModule(dataset="shapes", batch_size=8))
+    output = capsys.readouterr()
+    assert "training 62,006 parameters\n" in output.out
+    assert "disk" not in output.err
+
+
+def test_a_speed_leaves_out_pauses_and_counts_each_wait_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now))
+    stopwatch = Speed()
+    for now in (0.0, 10.0):  # two batches of 2 seconds, 8 seconds apart
+        stopwatch.resume()
+        stopwatch.resume()
+        now += 2
+        stopwatch.count()
+        stopwatch.pause()
+    pace = stopwatch.read(waited_seconds=1.0)
+    assert pace == Pace(num_batches=2, seconds=4.0, wait_seconds=1.0)
+    assert pace.figures(batch_size=8, batches_per_step=3) == {
+        "speed/images_per_second": 4.0,
+        "speed/step_ms": 6000.0,
+        "speed/data_wait_ms": 500.0,
+    }
+    assert stopwatch.read(waited_seconds=1.5) == Pace(num_batches=0, seconds=0.0, wait_seconds=0.5)
 
 
 def test_a_healthy_training_is_told_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,8 @@ from lit_cifar.run.read import State
 from lit_cifar.run.save import Checkpoints, DurableCheckpointIO, OpenRun
 from lit_cifar.training import loop
 from lit_cifar.training.dashboard import Dashboard
-from lit_cifar.training.progress import ProgressBar, RunningLoss
+from lit_cifar.training.lines import ProgressBar
+from lit_cifar.training.progress import Progress
 from lit_cifar.training.ranks import DeviceShapes, SlowRank
 
 TRAINER_DEFAULTS = {
@@ -128,7 +129,7 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, Parser)
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.add_lightning_class_args(RunningLoss, "running_loss")
+        parser.add_lightning_class_args(Progress, "running_loss")
         parser.set_defaults({"model.net": {"class_path": DEFAULT_NET}})
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_short_flags()
@@ -201,7 +202,7 @@ class CLI(LightningCLI):
         self.model.config = self.plain_config
         self.model.recipe = (self.state and self.state.recipe) or _recipe(self.config.get("config"))
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, (Checkpoints, RunningLoss)):
+            if isinstance(callback, (Checkpoints, Progress)):
                 callback.run = self.run
 
     def _find_run(self) -> Run | None:

@@ -103,7 +103,7 @@ def set_log_level(level: str) -> None:
         warnings.simplefilter("ignore")
     # said on each machine that has Slurm, to whoever trains outside of a job
     warnings.filterwarnings("ignore", message="The `srun` command is available")
-    warnings.filterwarnings("ignore", message="The number of training batches")  # RunningLoss logs short epochs too
+    warnings.filterwarnings("ignore", message="The number of training batches")  # Progress logs short epochs too
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
     # Lightning 2.6.6 asks torch 2.15 in a way that is to go (utilities/_pytree.py:21); users cannot fix it
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
-from lit_cifar.model.module import TTA
+from lit_cifar.model.classifier import TTA
 from lit_cifar.text import nearest
 
 # short flag: (dotted twin, help)

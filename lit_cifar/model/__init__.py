@@ -1,1 +1,1 @@
-"""The module that trains, the classifier that is left of it, the optimiser. Layers are in nets/."""
+"""The module that trains a net, the classifier that uses a trained one, and the optimiser. nets/ has the layers."""

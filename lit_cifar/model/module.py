@@ -1,105 +1,36 @@
-"""LitClassifier: forward, the steps, the metrics, the optimiser; Classifier: what of it is left without the Trainer.
-Layers, pictures and files are elsewhere.
+"""LitClassifier: forward, the steps, the metrics and the optimiser of a training run. classifier.py has the net without
+the Trainer, optim.py the optimiser's arithmetic; layers are in nets/, pictures and reports in results/.
 
 B images in a batch, K classes. Images are (B, 3, 32, 32) uint8 0..255 until LitClassifier.forward.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
 from lit_cifar.errors import UserError
-from lit_cifar.model.optim import Group, MuonSGD, Schedule, claim, lr_factor
-from lit_cifar.results.metrics import Calibration, Mistakes, SummedCalibration, SummedLoss, WorstMistakes
+from lit_cifar.model.classifier import TTA, check_classes, check_weights, normalise, views
+from lit_cifar.model.data import data_of
+from lit_cifar.model.optim import Group, Schedule, lr_factor, make_optimizer
+from lit_cifar.model.ranges import (
+    ClosedUnitInterval,
+    HalfOpenUnitInterval,
+    NonNegativeFloat,
+    PositiveFloat,
+    Side,
+    checked,
+)
+from lit_cifar.results.metrics import Tally
 from lit_cifar.results.report import Report
 
 Batch = tuple[Tensor, Tensor]
-TTA = Literal["none", "mirror", "mirror_shift"]
+STAGES = ("val", "test", "plain")  # 'plain' is the test without its augmentation
 NUM_FIRST_IMAGES = 5000  # training images that a net which asks for it is initialised from
-
-
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Scales images (B, 3, 32, 32) uint8 0..255 to [0, 1] and normalises them by mean and std (3, 1, 1)."""
-    return images.to(mean.dtype).sub_(255 * mean).mul_((255 * std).reciprocal())  # in place: 4 times as fast on a CPU
-
-
-def views(images: Tensor, tta: TTA) -> list[tuple[Tensor, float]]:
-    """The views of images (B, 3, 32, 32) whose logits test-time augmentation averages, each with its weight.
-
-    The first view is the images themselves. 'mirror' adds their mirror image; 'mirror_shift' also both of them shifted
-    by one pixel down and right, and up and left, with a reflected border. Weights as in cifar10-airbench.
-    """
-    shifted = []
-    if tta == "mirror_shift":
-        side = torch.arange(images.shape[2], device=images.device)
-        last = len(side) - 1
-        for shift in (-1, 1):
-            pixels = last - (last - (side + shift).abs()).abs()
-            shifted.append(images[:, :, pixels][:, :, :, pixels])
-    if tta == "none":
-        return [(images, 1.0)]
-    own, other = (0.5, 0.0) if tta == "mirror" else (0.25, 0.125)
-    return [
-        (view, weight)
-        for original, weight in [(images, own), *((image, other) for image in shifted)]
-        for view in (original, original.flip(3))
-    ]
-
-
-class Classifier(nn.Module):
-    """A net as LitClassifier's test uses it, without the Trainer; weights have the same names as LitClassifier's.
-
-    Args:
-        net: maps normalised images (B, 3, 32, 32) to logits (B, K).
-        mean: subtracted from pixels scaled to [0, 1], (3, 1, 1).
-        std: then divides them, (3, 1, 1).
-        tta: test-time augmentation, whose views' logits are averaged.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor, tta: TTA = "none") -> None:
-        super().__init__()
-        self.net = net
-        self.tta: TTA = tta
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Maps images (B, 3, 32, 32) uint8 0..255 to logits (B, K): scales, normalises, applies the net to all views.
-
-        Raises:
-            UserError: images have another dtype or shape, such as images that were scaled before.
-        """
-        if images.dtype != torch.uint8 or images.shape[1:] != (3, 32, 32):
-            raise UserError(f"images are {images.dtype} {tuple(images.shape)}; want torch.uint8 (B, 3, 32, 32)")
-        logits: Tensor = sum(
-            self.net(normalise(view, self.mean, self.std)) * weight for view, weight in views(images, self.tta)
-        )
-        return logits
-
-
-def check_weights(module: nn.Module, net: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Checks that a checkpoint's `weights` have the names and shapes of those of `module`, which holds `net`.
-
-    Raises:
-        UserError: they are another net's.
-    """
-    theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
-    ours = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            raise UserError(
-                f"the checkpoint does not fit {type(net).__name__}: {name} is {theirs.get(name, 'missing')} "
-                f"in the file and {ours.get(name, 'missing')} in the net; name the file's net with --model.net"
-            )
 
 
 class LitClassifier(LightningModule):
@@ -107,20 +38,23 @@ class LitClassifier(LightningModule):
 
     Args:
         net: maps normalised images (B, 3, 32, 32) to logits (B, K).
-        lr: base learning rate of SGD.
-        momentum: momentum of SGD.
-        weight_decay: L2 penalty of SGD.
+        lr: base learning rate of SGD, 0 or more.
+        momentum: momentum of SGD, 0 to below 1.
+        weight_decay: L2 penalty of SGD, 0 or more.
         nesterov: Nesterov's form of momentum.
         label_smoothing: share of the target spread evenly over all classes, 0 to 1 (arXiv 1512.00567).
         schedule: course of the learning rate over all steps: 'constant', 'linear' or 'cosine' to 0, or 'onecycle'.
         warmup: share of the steps in which the rate rises, 0 to 1.
         mean: subtracted from pixels scaled to [0, 1], per channel; travels in the checkpoint.
-        std: then divides them; travels in the checkpoint.
+        std: then divides them, above 0; travels in the checkpoint.
         compile: compile the net with torch.compile; its names in the checkpoint stay the same.
         groups: parameter groups with settings of their own, and of kind 'sgd' or 'muon'; none: SGD for all parameters.
-        sides: side of the images in equal parts of the training, in pixels, at most 32: [24, 32] trains its first half
+        sides: side of the images in equal parts of the training run, in pixels, 8 to 32: [24, 32] trains the first half
             on images of 24x24. None: always as they are. Tests always see them as they are.
         tta: test-time augmentation, whose views' logits are averaged: 'none', 'mirror', or 'mirror_shift' (6 views).
+
+    Raises:
+        UserError: a setting is out of its range.
     """
 
     mean: Tensor
@@ -129,59 +63,48 @@ class LitClassifier(LightningModule):
     def __init__(
         self,
         net: nn.Module,
-        lr: float = 0.001,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        lr: NonNegativeFloat = 0.001,
+        momentum: HalfOpenUnitInterval = 0.9,
+        weight_decay: NonNegativeFloat = 0.0,
         nesterov: bool = False,
-        label_smoothing: float = 0.0,
+        label_smoothing: ClosedUnitInterval = 0.0,
         schedule: Schedule = "constant",
-        warmup: float = 0.0,
+        warmup: ClosedUnitInterval = 0.0,
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
-        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5),
         compile: bool = False,
         groups: list[Group] | None = None,
-        sides: list[int] | None = None,
+        sides: list[Side] | None = None,
         tta: TTA = "none",
     ) -> None:
         super().__init__()
-        for flag, value, valid in (
-            ("lr", lr, lr >= 0),
-            ("momentum", momentum, 0 <= momentum < 1),
-            ("weight_decay", weight_decay, weight_decay >= 0),
-            ("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1),
-            ("warmup", warmup, 0 <= warmup <= 1),
-            ("std", std, min(std) > 0),
-            ("sides", sides, sides is None or (len(sides) > 0 and min(sides) >= 8 and max(sides) <= 32)),
-        ):
-            if not valid:
-                raise UserError(f"--model.{flag} {value} is out of range; see --help")
         if nesterov and not momentum:
             raise UserError("--model.nesterov true needs --model.momentum above 0")
+        if sides is not None and not sides:
+            raise UserError("--model.sides [] names no side; leave it out to train on images as they are")
         self.net = net
-        self.lr = lr
-        self.momentum = momentum
-        self.weight_decay = weight_decay
+        self.lr: float = checked("--model.lr", lr, NonNegativeFloat)
+        self.momentum: float = checked("--model.momentum", momentum, HalfOpenUnitInterval)
+        self.weight_decay: float = checked("--model.weight_decay", weight_decay, NonNegativeFloat)
         self.nesterov = nesterov
-        self.label_smoothing = label_smoothing
+        self.label_smoothing: float = checked("--model.label_smoothing", label_smoothing, ClosedUnitInterval)
         self.schedule: Schedule = schedule
-        self.warmup = warmup
+        self.warmup: float = checked("--model.warmup", warmup, ClosedUnitInterval)
         self.groups = groups or []
-        self.sides = sides or []
+        for group in self.groups:
+            group.check()
+        self.sides: list[int] = [checked("--model.sides", side, Side) for side in sides or []]
         self.tta: TTA = tta
+        std = tuple(checked("--model.std", deviation, PositiveFloat) for deviation in std)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         # constants; DDP would broadcast them before each forward (7 % of a step: the tutorial's net, 2 processes)
         self._ddp_params_and_buffers_to_ignore = ["mean", "std"]
         self.compile_net = compile
         self.classes: tuple[str, ...] = ()
-        self.config: dict[str, Any] = {}  # what the command line made of it, plain values; travels in the checkpoint
-        self.recipe: str | None = None  # what people call this training; travels in the checkpoint
-        # of the stages 'val', 'test' and 'plain', the test without its augmentation; made when the classes are known,
-        # and not checkpointed
-        self.confusions: dict[str, MulticlassConfusionMatrix] = nn.ModuleDict()  # type: ignore[assignment]
-        self.losses: dict[str, SummedLoss] = nn.ModuleDict()  # type: ignore[assignment]
-        self.calibrations: dict[str, SummedCalibration] = nn.ModuleDict()  # type: ignore[assignment]
-        self.mistakes: dict[str, WorstMistakes] = nn.ModuleDict()  # type: ignore[assignment]
+        self.config: dict[str, Any] = {}  # the command's settings as plain values; travels in the checkpoint
+        self.recipe: str | None = None  # what people call this training run; travels in the checkpoint
+        self.tallies = nn.ModuleDict()  # a Tally for each stage, made when the classes are known
         self.running_loss: float | None = None  # mean over the newest steps, for whoever shows it
         self.images_per_second = 0.0  # over the same steps, all ranks together
         self.reports: dict[str, Report] = {}  # newest of each stage
@@ -205,16 +128,16 @@ class LitClassifier(LightningModule):
         return F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True).to(images.dtype)
 
     def setup(self, stage: str) -> None:
-        """Learns the classes from the data module; makes one confusion matrix and one loss a stage.
+        """Takes the classes from the data module and makes a tally for each stage.
 
         Raises:
-            UserError: the net gives another number of logits than there are classes.
+            UserError: there is no data module, or the net gives another number of logits than there are classes.
         """
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.set_classes(datamodule.classes)
+        self.set_classes(data_of(self.trainer).classes)
         init_from_images = getattr(self.net, "init_from_images", None)
         if stage == "fit" and callable(init_from_images):  # a resumed run's checkpoint is loaded after it
-            images = datamodule.train.images[:: max(1, len(datamodule.train.images) // NUM_FIRST_IMAGES)]
+            images = data_of(self.trainer).train.images
+            images = images[:: max(1, len(images) // NUM_FIRST_IMAGES)]
             init_from_images(normalise(images.to(self.mean.device), self.mean, self.std))
         if stage == "fit" and self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
             # so that statistics are those of the whole batch, as on one device; not available on the CPU
@@ -238,18 +161,13 @@ class LitClassifier(LightningModule):
                 f"set --model.net.num_classes {len(classes)}"
             )
         self.classes = classes
-        for stage in ("val", "test", "plain"):
-            self.confusions[stage] = MulticlassConfusionMatrix(len(classes), validate_args=False)
-            self.losses[stage] = SummedLoss()
-            self.calibrations[stage] = SummedCalibration()
-            self.mistakes[stage] = WorstMistakes()
-        self.to(self.mean.device)
+        self.tallies = nn.ModuleDict({stage: Tally(len(classes)) for stage in STAGES}).to(self.mean.device)
 
     @torch.no_grad()
     def _count_logits(self) -> int:
         training = self.net.training
         self.net.eval()
-        logits = self(self.example_input_array.to(self.mean.device))  # type: ignore[union-attr]
+        logits = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=self.mean.device))
         self.net.train(training)
         return int(logits.shape[1])
 
@@ -296,29 +214,20 @@ class LitClassifier(LightningModule):
         images, labels = batch
         logits_of_views = [(self(view), weight) for view, weight in views(images, self.tta)]
         if stage == "test" and self.tta != "none":
-            self._update("plain", images, logits_of_views[0][0], labels)
-        self._update(stage, images, sum(logits * weight for logits, weight in logits_of_views), labels)
+            self._tally("plain").update(logits_of_views[0][0], images, labels)
+        logits: Tensor = sum(logits * weight for logits, weight in logits_of_views)
+        self._tally(stage).update(logits, images, labels)
 
-    def _update(self, stage: str, images: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self.confusions[stage].update(logits.argmax(1), labels)
-        self.losses[stage].update(logits, labels)
-        probabilities = logits.float().softmax(1)
-        self.calibrations[stage].update(probabilities, labels)
-        self.mistakes[stage].update(probabilities, images, labels)
+    def _tally(self, stage: str) -> Tally:
+        tally = self.tallies[stage]
+        assert isinstance(tally, Tally)
+        return tally
 
     def _report(self, stage: str) -> None:
-        report = Report(  # over all ranks
-            self.confusions[stage].compute().cpu(),
-            self.losses[stage].compute().item(),
-            self.classes,
-            Calibration.of(*self.calibrations[stage].compute()),
-            Mistakes.of(*self.mistakes[stage].compute()),
-        )
-        for metrics in (self.confusions, self.losses, self.calibrations, self.mistakes):
-            metrics[stage].reset()
+        confusion, loss, calibration, mistakes = self._tally(stage).take()
         if self.trainer.sanity_checking:
             return
-        self.reports[stage] = report
+        report = self.reports[stage] = Report(confusion, loss, self.classes, calibration, mistakes)
         prefix = "test_without_tta" if stage == "plain" else stage
         scalars = {f"{prefix}/{name}": value for name, value in report.scalars().items()}
         # every rank has the same values: max is exact where Lightning's mean over ranks would round
@@ -327,19 +236,7 @@ class LitClassifier(LightningModule):
             logger.log_metrics(scalars, step=self.trainer.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        settings = self.settings()
-        optimizer: torch.optim.Optimizer
-        if self.groups:
-            claimed = claim(self.net.named_parameters(), self.groups)
-            optimizer = MuonSGD(
-                [
-                    {**setting, "kind": group.kind, "params": parameters}
-                    for group, setting, parameters in zip(self.groups, settings, claimed, strict=True)
-                ]
-            )
-        else:
-            parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
-            optimizer = torch.optim.SGD([{**settings[0], "params": parameters}], fused=self._can_fuse())
+        optimizer = make_optimizer(self.net, self.groups, self.settings(), self._can_fuse())
         if self.schedule == "constant" and not self.warmup:
             return optimizer
         num_steps = self._num_steps()
@@ -349,7 +246,7 @@ class LitClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def settings(self) -> list[dict[str, Any]]:
-        """Of each parameter group; what a group leaves open is the module's."""
+        """Settings of each parameter group; the module's own stand in for those that a group leaves open."""
         own = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay", "nesterov")}
         return [
             {
@@ -360,10 +257,10 @@ class LitClassifier(LightningModule):
         ] or [{"name": "net", **own}]
 
     def on_train_start(self) -> None:
-        """Lets flags given on a resume count: a restored optimiser comes with its checkpoint's settings."""
+        """Applies settings changed since the checkpoint, whose own come with a restored optimiser."""
         optimizer = self.trainer.optimizers[0]
         if isinstance(optimizer, torch.optim.SGD) and optimizer.state:
-            # restored, and nothing for weights that had no gradient yet, of which torch's fused step would fail
+            # it was restored without buffers for weights that had no gradient yet; torch's fused step needs them
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
                 optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
@@ -383,13 +280,13 @@ class LitClassifier(LightningModule):
         return self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
 
     def _num_steps(self) -> int:
-        """Optimiser steps of the whole training.
+        """Optimiser steps of the whole training run.
 
         Not trainer.estimated_stepping_batches: asked for here, it makes Lightning 2.6 forget the loader's position on
         resume (pytorch-lightning issue 20550).
         """
         trainer = self.trainer
-        num_batches = len(trainer.datamodule.train_batches())  # type: ignore[attr-defined]
+        num_batches = len(data_of(trainer).train_batches())
         limit = trainer.limit_train_batches
         num_batches = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
         limits = []
@@ -408,22 +305,10 @@ class LitClassifier(LightningModule):
         self.check_fits(checkpoint)
 
     def check_fits(self, checkpoint: dict[str, Any], classes: tuple[str, ...] = ()) -> None:
-        """Checks that a checkpoint's weights are this module's, and its classes the data's: `classes`, or else those of
-        set_classes.
+        """Checks that a checkpoint has this net's weights, and the data's classes: `classes`, or those of set_classes.
 
         Raises:
-            UserError: they are another net's, or its classes are not the data's.
+            UserError: the weights are another net's, or the classes are others.
         """
         check_weights(self, self.net, checkpoint["state_dict"])
-        trained_on = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
-        classes = classes or self.classes
-        if trained_on and classes and trained_on != classes:
-            raise UserError(
-                f"the checkpoint's classes ({_enumerated(trained_on)}) are not the data's ({_enumerated(classes)}): "
-                "use the data it was trained on"
-            )
-
-
-def _enumerated(classes: tuple[str, ...]) -> str:
-    shown = ", ".join(classes[:12])
-    return shown if len(classes) <= 12 else f"{shown}, ...: {len(classes)} in all"
+        check_classes(checkpoint, classes or self.classes)

@@ -1,5 +1,5 @@
-"""Orthogonalisation, the optimiser and its parameter groups, and the step size as a pure function of the step. Nets'
-classes are not known here."""
+"""Orthogonalisation, the optimiser and its parameter groups, and the step size as a pure function of the step. No net's
+class is named here; recipes' groups name parameters by pattern."""
 
 import math
 import re
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_cifar.errors import UserError
+from lit_cifar.model.ranges import HalfOpenUnitInterval, NonNegativeFloat, checked
 
 Schedule = Literal["constant", "linear", "cosine", "onecycle"]
 Kind = Literal["sgd", "muon"]
@@ -82,15 +83,15 @@ def orthogonalise(matrices: Tensor, num_iterations: int = 3) -> Tensor:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that are trained alike: those whose name the pattern is found in, and no earlier group's has.
+    """Parameters that are trained alike: those whose name this pattern matches, and no earlier group's.
 
     Args:
         name: what dashboards call the group.
-        pattern: regular expression, searched for in the parameter's name.
+        pattern: regular expression that is searched for in the parameter's name.
         kind: 'sgd', or 'muon' for convolutions' filters and matrices.
-        lr: base learning rate; null takes the model's, as do the next three.
-        momentum: momentum.
-        weight_decay: L2 penalty; of kind 'sgd' only, since 'muon' keeps each filter bank's norm.
+        lr: base learning rate, 0 or more; null takes the model's, as do the next three.
+        momentum: momentum, 0 to below 1.
+        weight_decay: L2 penalty, 0 or more; of kind 'sgd' only, since 'muon' keeps each filter bank's norm.
         nesterov: Nesterov's form of momentum.
     """
 
@@ -101,6 +102,20 @@ class Group:
     momentum: float | None = None
     weight_decay: float | None = None
     nesterov: bool | None = None
+
+    def check(self) -> None:
+        """Checks the group's settings; the parser cannot word what is wrong within a list.
+
+        Raises:
+            UserError: one is out of its range.
+        """
+        for key, kind in (
+            ("lr", NonNegativeFloat),
+            ("momentum", HalfOpenUnitInterval),
+            ("weight_decay", NonNegativeFloat),
+        ):
+            if (value := getattr(self, key)) is not None:
+                checked(f"--model.groups: {self.name}'s {key}", value, kind)
 
 
 def claim(named_parameters: Iterable[tuple[str, nn.Parameter]], groups: Sequence[Group]) -> list[list[nn.Parameter]]:
@@ -134,6 +149,31 @@ def claim(named_parameters: Iterable[tuple[str, nn.Parameter]], groups: Sequence
         if not parameters:
             raise UserError(f"--model.groups: {group.name}'s pattern {group.pattern!r} claims no parameter")
     return claimed
+
+
+def make_optimizer(
+    net: nn.Module, groups: Sequence[Group], settings: Sequence[dict[str, Any]], fused: bool
+) -> torch.optim.Optimizer:
+    """The optimiser of a net's trainable parameters.
+
+    Args:
+        groups: its parameter groups; without any, torch's SGD takes all parameters.
+        settings: 'name', 'lr', 'momentum', 'weight_decay' and 'nesterov' of each group, or of all parameters.
+        fused: whether torch's SGD updates all parameters in one call.
+
+    Raises:
+        UserError: the groups do not suit the net (see `claim`).
+    """
+    if not groups:
+        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        return torch.optim.SGD([{**settings[0], "params": parameters}], fused=fused)
+    claimed = claim(net.named_parameters(), groups)
+    return MuonSGD(
+        [
+            {**setting, "kind": group.kind, "params": parameters}
+            for group, setting, parameters in zip(groups, settings, claimed, strict=True)
+        ]
+    )
 
 
 class MuonSGD(torch.optim.Optimizer):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor, nn
 
 WHITENED_SIDE = 2  # pixels of the patches that the first convolution whitens
@@ -17,33 +18,34 @@ SMALLEST_VARIANCE = 5e-4  # added to patches' variances, so that their least dir
 class SpeedNet(nn.Module):
     """A fixed whitening convolution, three blocks that halve the side, global max pooling, a scaled linear head.
 
-    It takes images of any side from 16 pixels, which lets a training begin small.
+    It takes images of any side from 16 pixels, which lets a training run begin small.
 
     Args:
         num_classes: number of classes K, the length of each row of logits.
         widths: channels of the three blocks.
         depth: convolutions in each block; the third closes a residual connection around the second and itself.
         activation: 'gelu' or 'silu'.
-        momentum: share of the newest batch in BatchNorm's running statistics; high, because trainings are short.
+        momentum: weight of the newest batch in BatchNorm's running statistics; high, because runs are short.
     """
 
     def __init__(
         self,
-        num_classes: int = 10,
-        widths: tuple[int, int, int] = (64, 256, 256),
+        num_classes: PositiveInt = 10,
+        widths: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 256, 256),
         depth: Literal[2, 3] = 2,
         activation: Literal["gelu", "silu"] = "gelu",
-        momentum: float = 0.4,
+        momentum: ClosedUnitInterval = 0.4,
     ) -> None:
         super().__init__()
         num_patch_values = 3 * WHITENED_SIDE**2
         # fixed: its input and weights need no gradients, which saves the costliest part of the backward pass
         self.whiten = nn.Conv2d(3, 2 * num_patch_values, WHITENED_SIDE, bias=False).requires_grad_(False)
-        channels = (2 * num_patch_values, *widths)
+        # plain numbers from here on: torch.compile need not know the parser's types
+        channels = (2 * num_patch_values, *map(int, widths))
         self.blocks = nn.Sequential(
-            *(Block(channels[i], channels[i + 1], depth, activation, momentum) for i in range(3))
+            *(Block(channels[i], channels[i + 1], depth, activation, float(momentum)) for i in range(3))
         )
-        self.head = nn.Linear(widths[-1], num_classes, bias=False)
+        self.head = nn.Linear(channels[-1], int(num_classes), bias=False)
         self.activation = _activation(activation)
         with torch.no_grad():
             self.head.weight.div_(self.head.weight.std())

@@ -1,5 +1,4 @@
-"""What is counted while a net is evaluated, summed or joined over ranks. What is said of it is report's, pictures are
-pictures'."""
+"""What is counted while a net is evaluated, summed or joined over ranks. report.py words it, pictures.py draws it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 NUM_BINS = 15  # of confidence, as in arXiv 1706.04599
 NUM_MISTAKES = 16  # kept for the picture
@@ -67,7 +67,7 @@ class SummedLoss(_Exact):
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often the net is right where it says that it is sure, in NUM_BINS equal bins of confidence from 0 to 1.
+    """How often the net is right at each confidence, in NUM_BINS equal bins of confidence from 0 to 1.
 
     Args:
         num_images: (NUM_BINS,) int64, images whose confidence falls in each bin.
@@ -127,13 +127,13 @@ class SummedCalibration(_Exact):
 
 @dataclass(frozen=True)
 class Mistakes:
-    """M images that the net got wrong, the surest first.
+    """M images that the net got wrong, the most confident mistake first.
 
     Args:
         images: (M, 3, 32, 32) uint8.
         labels: (M,) int64, the true classes.
-        predictions: (M,) int64, what the net said.
-        confidences: (M,) float32, how sure it was, 0 to 1.
+        predictions: (M,) int64, the classes that the net predicted.
+        confidences: (M,) float32, the net's confidence in them, 0 to 1.
     """
 
     images: Tensor
@@ -153,7 +153,7 @@ def _join_ranks(state: Tensor) -> Tensor:
 
 
 class WorstMistakes(_Exact):
-    """The NUM_MISTAKES images of all ranks that the net got wrong and was surest of."""
+    """The NUM_MISTAKES most confident mistakes of all ranks."""
 
     images: Tensor
     labels: Tensor
@@ -172,7 +172,7 @@ class WorstMistakes(_Exact):
             self.add_state(name, state, dist_reduce_fx=_join_ranks)
 
     def update(self, probabilities: Tensor, images: Tensor, labels: Tensor) -> None:
-        """Sees images (B, 3, 32, 32) uint8 with their probabilities (B, K), 0 to 1, and labels (B,)."""
+        """Takes in images (B, 3, 32, 32) uint8 with their probabilities (B, K), 0 to 1, and labels (B,)."""
         confidences, predictions = probabilities.max(1)
         confidences = torch.where(predictions == labels, -1.0, confidences)
         confidences, new = confidences.topk(min(NUM_MISTAKES, len(labels)))
@@ -190,5 +190,49 @@ class WorstMistakes(_Exact):
         return images[worst], labels[worst], predictions[worst], confidences
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The fields of Mistakes, NUM_MISTAKES of each; where there were fewer, confidences of -1 fill the end."""
+        """The fields of Mistakes, NUM_MISTAKES of each; where there were fewer, the rest have a confidence of -1."""
         return self._worst(self.images, self.labels, self.predictions, self.confidences)
+
+
+class Tally(nn.Module):
+    """All that is counted in one stage of evaluation: confusion matrix, loss, calibration and worst mistakes.
+
+    The counts move with the module that holds the tally, and are not in its state_dict.
+
+    Args:
+        num_classes: number of classes K.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
+        self.loss = SummedLoss()
+        self.calibration = SummedCalibration()
+        self.mistakes = WorstMistakes()
+
+    def update(self, logits: Tensor, images: Tensor, labels: Tensor) -> None:
+        """Counts images (B, 3, 32, 32) uint8 by their logits (B, K), of any float dtype, and labels (B,) int64."""
+        self.confusion.update(logits.argmax(1), labels)
+        self.loss.update(logits, labels)
+        probabilities = logits.float().softmax(1)
+        self.calibration.update(probabilities, labels)
+        self.mistakes.update(probabilities, images, labels)
+
+    def take(self) -> tuple[Tensor, float, Calibration, Mistakes]:
+        """What was counted on all ranks, for a Report; counting starts again from nothing.
+
+        Every rank must call it at once, and each gets the same.
+
+        Returns:
+            The confusion matrix (K, K) int64, rows true and columns predicted; the mean cross-entropy; the calibration;
+            the worst mistakes. All tensors are on the CPU.
+        """
+        taken = (
+            self.confusion.compute().cpu(),
+            self.loss.compute().item(),
+            Calibration.of(*self.calibration.compute()),
+            Mistakes.of(*self.mistakes.compute()),
+        )
+        for metric in (self.confusion, self.loss, self.calibration, self.mistakes):
+            metric.reset()
+        return taken

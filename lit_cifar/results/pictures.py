@@ -120,7 +120,8 @@ def _grid(tiles: Sequence[Image.Image], captions: Sequence[Sequence[str]], title
 
 
 def mistakes(found: Mistakes, classes: Sequence[str]) -> Picture:
-    """Images that the net got wrong, the surest first, with the true class, the predicted one and its confidence."""
+    """Images that the net got wrong, the most confident mistake first, each with its class, the predicted class and the
+    net's confidence in that."""
     captions = [
         (f"is {classes[label]}", f"said {classes[prediction]}", f"{100 * confidence:.1f} % sure")
         for label, prediction, confidence in zip(
@@ -128,7 +129,7 @@ def mistakes(found: Mistakes, classes: Sequence[str]) -> Picture:
         )
     ]
     tiles = [_tile(image, 128) for image in found.images]
-    return _grid(tiles, captions, "The surest mistakes" if tiles else "No mistakes", 4)
+    return _grid(tiles, captions, "The most confident mistakes" if tiles else "No mistakes", 4)
 
 
 def training_images(images: Tensor, labels: Tensor, classes: Sequence[str]) -> Picture:
@@ -149,7 +150,7 @@ def filters(weight: Tensor) -> Picture:
 
 
 def reliability(calibration: Calibration) -> Picture:
-    """Accuracy of the images in each bin of confidence; a net whose confidence is honest stays on the diagonal."""
+    """Accuracy of the images in each bin of confidence; a well-calibrated net stays on the diagonal."""
     side, left, top, bottom = 360, 70, 70, 62
     image, draw = _canvas(left + side + 40, top + side + bottom)
     title = f"Expected calibration error {100 * calibration.error:.2f} %"

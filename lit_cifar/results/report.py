@@ -1,5 +1,5 @@
-"""What a finished stage says: accuracies from the confusion matrix, as a table and as results.json. Nothing is counted
-here: counts come from metrics."""
+"""The report of a finished stage: accuracies from the confusion matrix, as a table and as results.json. metrics.py
+counts."""
 
 import json
 import os
@@ -32,8 +32,8 @@ class Report:
         confusion: (K, K) integers, rows true and columns predicted; its sum is the number of images.
         loss: mean cross-entropy.
         classes: names of the K classes.
-        calibration: how sure the net was, and how often right.
-        mistakes: the images that it was surest of and wrong.
+        calibration: how confident the net was, and how often right.
+        mistakes: its most confident mistakes.
     """
 
     confusion: Tensor
@@ -109,7 +109,7 @@ class Report:
 
 
 def print_report(report: Report, without_tta: Report | None = None) -> None:
-    """Prints the accuracies for people, on standard output; with test-time augmentation, also what it is without."""
+    """Prints the accuracies for people, on standard output; with test-time augmentation, also the accuracy without."""
     print(f"\n{report.table()}")
     if without_tta is not None:
         print(f"\nWithout test-time augmentation: {100 * without_tta.accuracy:.2f} %")

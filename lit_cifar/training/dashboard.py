@@ -1,4 +1,4 @@
-"""Fills TensorBoard's pages. results/pictures.py draws."""
+"""Fills TensorBoard's pages. results/pictures.py draws; module.py and progress.py log the scalars."""
 
 import re
 import warnings
@@ -12,21 +12,22 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from lit_cifar.model.module import Classifier, LitClassifier
+from lit_cifar.model.classifier import Classifier
+from lit_cifar.model.data import data_of
+from lit_cifar.model.module import LitClassifier
 from lit_cifar.results import pictures
 from lit_cifar.results.report import commit, versions
-from lit_cifar.training.progress import write
+from lit_cifar.training.lines import write
 
 NUM_TRAINING_IMAGES = 32  # in the picture of what the net is given
-
-CLASSES_A_CHART = 10  # more lines cannot be told apart
+CLASSES_PER_CHART = 10  # more lines cannot be told apart
 
 
 class Dashboard(Callback):
     """Fills TensorBoard's pages, so that they tell a run's story without being configured.
 
-    Text and graph at the start; pictures after each validation and after the test; then the hyperparameters with the
-    test's metrics, and the table of classes.
+    Text and graph come at the start, pictures after each validation and after the test, then the hyperparameters with
+    the test's metrics and the table of classes. A Trainer without a TensorBoard logger gets nothing.
 
     Args:
         command: the command line that started the run.
@@ -39,14 +40,15 @@ class Dashboard(Callback):
         self._side: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._draws(trainer) or trainer.ckpt_path:
+        tensorboard = _tensorboard(trainer)
+        if tensorboard is None or trainer.ckpt_path:
             return  # a resumed run has them
         assert isinstance(pl_module, LitClassifier)
-        writer = trainer.logger.experiment  # type: ignore[union-attr]
+        writer = tensorboard.experiment
         config = yaml.safe_dump(pl_module.config, sort_keys=False)
         writer.add_text("config", f"```yaml\n{config}```")
         writer.add_text("run", self._origin())
-        stages = ["val", "test"] if trainer.datamodule.num_val else ["test"]  # type: ignore[attr-defined]
+        stages = ["val", "test"] if data_of(trainer).num_val else ["test"]
         writer.add_custom_scalars(charts(stages, pl_module.classes))
         training = pl_module.net.training
         pl_module.net.eval()
@@ -81,11 +83,12 @@ class Dashboard(Callback):
             self._draw(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._draws(trainer):
+        tensorboard = _tensorboard(trainer)
+        if tensorboard is None:
             return
         assert isinstance(pl_module, LitClassifier)
         self._draw(trainer, pl_module, "test")
-        writer = trainer.logger.experiment  # type: ignore[union-attr]
+        writer = tensorboard.experiment
         report = pl_module.reports["test"]
         writer.add_text("test/classes", f"```\n{report.table()}\n```", trainer.global_step)
         # TensorBoard finds the values under these tags, where the test logged them; logger.log_hyperparams would log
@@ -93,14 +96,11 @@ class Dashboard(Callback):
         tags = dict.fromkeys(("test/accuracy", "test/loss", "test/calibration_error"), 0.0)
         for summary in hparams(hyperparameters(pl_module.config), tags):
             writer._get_file_writer().add_summary(summary)
-        trainer.logger.save()  # type: ignore[union-attr]
-
-    @staticmethod
-    def _draws(trainer: Trainer) -> bool:
-        return isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero
+        tensorboard.save()
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not self._draws(trainer):
+        tensorboard = _tensorboard(trainer)
+        if tensorboard is None:
             return
         assert isinstance(pl_module, LitClassifier)
         report = pl_module.reports[stage]
@@ -118,8 +118,14 @@ class Dashboard(Callback):
         if first is not None and first.weight.shape[1] == 3:
             drawn["net/filters"] = pictures.filters(first.weight)
         for tag, picture in drawn.items():
-            step = trainer.global_step
-            trainer.logger.experiment.add_image(tag, picture, step, dataformats="HWC")  # type: ignore[union-attr]
+            tensorboard.experiment.add_image(tag, picture, trainer.global_step, dataformats="HWC")
+
+
+def _tensorboard(trainer: Trainer) -> TensorBoardLogger | None:
+    """The first TensorBoard logger of a Trainer, wherever it stands among its loggers; None on other ranks than 0."""
+    if not trainer.is_global_zero:
+        return None
+    return next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
 
 
 def charts(stages: Sequence[str], classes: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
@@ -129,11 +135,11 @@ def charts(stages: Sequence[str], classes: Sequence[str]) -> dict[str, dict[str,
     """
     accuracy = {}
     for stage in stages:
-        if len(classes) <= CLASSES_A_CHART:
+        if len(classes) <= CLASSES_PER_CHART:
             accuracy[f"{stage}: accuracy of each class"] = ["Multiline", [f"^{stage}/accuracy/.+$"]]
             continue
-        for first in range(0, len(classes), CLASSES_A_CHART):
-            of_chart = classes[first : first + CLASSES_A_CHART]
+        for first in range(0, len(classes), CLASSES_PER_CHART):
+            of_chart = classes[first : first + CLASSES_PER_CHART]
             title = f"{stage}: accuracy of each class, {of_chart[0]} to {of_chart[-1]}"
             accuracy[title] = ["Multiline", [f"^{stage}/accuracy/{re.escape(name)}$" for name in of_chart]]
     return {
@@ -144,20 +150,20 @@ def charts(stages: Sequence[str], classes: Sequence[str]) -> dict[str, dict[str,
 
 
 def hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
-    """Those settings of a run that decide its result, by short name, for TensorBoard's HParams page."""
+    """The settings that decide a run's result, by short name, for TensorBoard's HParams page."""
     model, data, trainer = (config.get(section, {}) for section in ("model", "data", "trainer"))
     chosen = {
         "net": model.get("net", {}).get("class_path", "").rsplit(".", 1)[-1],
         **{key: value for key, value in model.items() if key not in ("net", "mean", "std", "compile")},
         **{key: data.get(key) for key in ("dataset", "batch_size", "num_val")},
-        "augment": _what_is_on(data.get("augment", {})),
+        "augment": _summary(data.get("augment", {})),
         **{key: trainer.get(key) for key in ("max_epochs", "devices", "precision")},
         "seed": config.get("seed_everything"),
     }
     return {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in chosen.items()}
 
 
-def _what_is_on(augment: dict[str, Any]) -> str:
+def _summary(augment: dict[str, Any]) -> str:
     """The augmentation in a few words: one column of the page instead of six."""
     chosen = {key: value for key, value in augment.items() if value not in (0, "none")}
     if "crop" not in chosen:

@@ -1,5 +1,5 @@
-"""The Trainer's loop over training batches, without the calls that nobody answers. What a step computes is the
-module's, what happens around it the callbacks'.
+"""The Trainer's loop over training batches, without the calls of hooks that nobody overrides. module.py has what a step
+computes; callbacks such as progress.py do what happens around it.
 
 Lightning 2.6 makes some 60 Python calls a step to hooks of the strategy, the precision, the optimiser, the module and
 each callback, whether or not they do anything. For the tutorial's net at batch 4 that was a third of a step.
@@ -17,73 +17,98 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
+from lit_cifar import log
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.data.loader import DeviceLoader
 from lit_cifar.model.module import LitClassifier
 
-KNOWN_VERSIONS = ("2.6.",)  # of Lightning, whose loop this one stands for; tests/test_loop.py compares the two
+KNOWN_VERSIONS = ("2.6.",)  # of Lightning, whose loop this one replaces; tests/test_loop.py compares the two
 OUTER_HOOKS = ("on_train_batch_start", "on_train_batch_end")
 INNER_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
 
 def install(trainer: Trainer) -> None:
-    """Gives a Trainer this loop, where its version is known."""
+    """Gives a Trainer this loop, where Lightning's version is known."""
     if lightning.__version__.startswith(KNOWN_VERSIONS):
         trainer.fit_loop.epoch_loop = LeanEpochLoop(trainer, trainer.min_steps, trainer.max_steps)
+    else:
+        _explain(f"it is not known to fit Lightning {lightning.__version__}")
+
+
+def _explain(obstacle: str) -> None:
+    log.debug(f"Lightning's own loop takes each step, and the lean loop none: {obstacle}")
 
 
 class LeanEpochLoop(_TrainingEpochLoop):
     """Does what Lightning's loop does, and leaves the same progress in checkpoints.
 
-    It takes a step itself where everything between a batch and the updated weights is LitClassifier's: on one device,
-    without gradient scaling, clipping or accumulation, and with no callback that wants to be called within the step.
-    Otherwise, and for the first step after a resume, Lightning's own loop does.
+    It takes a step itself where only LitClassifier decides what happens between a batch and the weights: on one device,
+    without gradient scaling, clipping or accumulation, and with no callback that is called within the step. Otherwise,
+    and for the first step after a resume, Lightning's own loop does; a debug line says why.
     """
 
-    _lean = False
+    _obstacle: str | None = None  # why steps are not lean
     _validates = False
-    _answering: dict[str, list[Callback]]
+    _overriding: dict[str, list[Callback]]
 
     def _broadcast_sigterm_tensor(self) -> None:
-        """Nothing: Checkpoints stops at signals. Lightning's waits for the device and the other ranks in each step."""
+        """Does nothing: Checkpoints stops at signals. Lightning's waits for the device and all ranks in each step."""
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         super().on_run_start(data_fetcher)
         self._validates = super()._should_check_val_epoch()
-        self._answering = {
-            hook: [callback for callback in self.trainer.callbacks if _answers(callback, hook)] for hook in OUTER_HOOKS
+        callbacks: list[Callback] = self.trainer.callbacks
+        self._overriding = {
+            hook: [callback for callback in callbacks if _overrides(callback, hook)] for hook in OUTER_HOOKS
         }
-        self._lean = self._can_be_lean(data_fetcher)
+        before, self._obstacle = self._obstacle, self._find_obstacle(data_fetcher)
+        if self._obstacle and self._obstacle != before and self.trainer.is_global_zero:
+            _explain(self._obstacle)
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
-        """The same within an epoch that is not validated; asked for after each step."""
+        """Answers at once in an epoch without validation; Lightning asks after each step."""
         return self._validates and super()._should_check_val_fx(data_fetcher)
 
     def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
         if self.trainer.lr_scheduler_configs:
             super().update_lr_schedulers(interval, update_plateau_schedulers)
 
-    def _can_be_lean(self, data_fetcher: _DataFetcher) -> bool:
+    def _find_obstacle(self, data_fetcher: _DataFetcher) -> str | None:
+        """Why Lightning's own loop must take the steps; None where they can be lean."""
         trainer: Any = self.trainer
-        precision = trainer.precision_plugin
-        return (
-            type(trainer.lightning_module) is LitClassifier
-            and type(trainer.datamodule) is CIFAR10DataModule
-            and isinstance(trainer.train_dataloader, DeviceLoader)
-            and type(data_fetcher) is _PrefetchDataFetcher
-            and type(trainer.strategy) is SingleDeviceStrategy
-            and type(precision) in (Precision, MixedPrecision)
-            and getattr(precision, "scaler", None) is None
-            and type(trainer.profiler) is PassThroughProfiler
-            and len(trainer.optimizers) == 1
-            and trainer.accumulate_grad_batches == 1
-            and not trainer.gradient_clip_val
-            and not any(_answers(callback, hook) for callback in trainer.callbacks for hook in INNER_HOOKS)
+        precision, loader = trainer.precision_plugin, trainer.train_dataloader
+        within = [
+            f"{type(callback).__name__}.{hook}"
+            for callback in trainer.callbacks
+            for hook in INNER_HOOKS
+            if _overrides(callback, hook)
+        ]
+        # what is wanted, and what it is instead
+        conditions = (
+            (type(trainer.lightning_module) is LitClassifier, "the module is", trainer.lightning_module),
+            (type(trainer.datamodule) is CIFAR10DataModule, "the data module is", trainer.datamodule),
+            (isinstance(loader, DeviceLoader), "the training loader is", loader),
+            (type(data_fetcher) is _PrefetchDataFetcher, "the data fetcher is", data_fetcher),
+            (type(trainer.strategy) is SingleDeviceStrategy, "the strategy is", trainer.strategy),
+            (type(precision) in (Precision, MixedPrecision), "the precision plugin is", precision),
+            (type(trainer.profiler) is PassThroughProfiler, "the profiler is", trainer.profiler),
         )
+        for fits, what, found in conditions:
+            if not fits:
+                return f"{what} {type(found).__name__}"
+        if getattr(precision, "scaler", None) is not None:
+            return "a gradient scaler is used"
+        if len(trainer.optimizers) != 1:
+            return f"there are {len(trainer.optimizers)} optimisers"
+        if trainer.accumulate_grad_batches != 1:
+            return f"gradients of {trainer.accumulate_grad_batches} batches are accumulated"
+        if trainer.gradient_clip_val:
+            return f"gradients are clipped to {trainer.gradient_clip_val}"
+        return f"{within[0]} is called within each step" if within else None
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """Takes one step; raises StopIteration when there are no more batches."""
-        if not self._lean or self.restarting:
+        if self._obstacle or self.restarting:
             super().advance(data_fetcher)
             return
         trainer: Any = self.trainer
@@ -137,7 +162,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
         module = trainer.lightning_module
         attributes = vars(module)  # a module's own __setattr__ takes 3 us
         attributes["_current_fx_name"] = hook  # for callbacks that log
-        for callback in self._answering[hook]:
+        for callback in self._overriding[hook]:
             getattr(callback, hook)(trainer, module, *args)
         attributes["_current_fx_name"] = None
 
@@ -157,5 +182,5 @@ def _next_batch(data_fetcher: Any) -> Any:
     return batch
 
 
-def _answers(callback: Callback, hook: str) -> bool:
+def _overrides(callback: Callback, hook: str) -> bool:
     return hook in vars(callback) or getattr(type(callback), hook) is not getattr(Callback, hook)

@@ -1,4 +1,5 @@
-"""What each rank does: its device and shapes, and which one keeps the others waiting."""
+"""What each rank does: its device and shapes, and which one keeps the others waiting. watch.py decides what is
+too slow."""
 
 import socket
 import time
@@ -9,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
-from lit_cifar.training.progress import waited_seconds, warn, write
+from lit_cifar.training.lines import warn, write
+from lit_cifar.training.speed import waited_seconds
 from lit_cifar.training.watch import Watch
 
 

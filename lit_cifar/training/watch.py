@@ -1,22 +1,31 @@
-"""What of a training's figures is worth a warning, and its words: each is said once. Measuring is callbacks'; what a
-training cannot survive ends it with an error there."""
+"""Which figures of a training run are worth a warning, and the warnings' words; each is given once. progress.py and
+ranks.py measure the figures and print the warnings, and end with an error what cannot go on."""
 
+import contextlib
 import math
+import os
+import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch import LightningModule, Trainer
+
+from lit_cifar.data.loader import DeviceLoader
+from lit_cifar.model.module import LitClassifier
+from lit_cifar.run.folder import Run
+
 STARVES = 0.5  # share of a step that it waits for its images
 LAGS, LAG_OF_STEP = 1.3, 0.1  # times what the other ranks take, and the difference as a share of the step
-IN_A_ROW = 3  # times that what comes and goes with a machine's load must be seen
-CHECKPOINTS_LEFT = 3  # that must have room on the disk
-ROOM_BYTES = 50_000_000  # for events and reports, besides
+IN_A_ROW = 3  # times that something must be seen which may come and go with the machine's load
+CHECKPOINTS_LEFT = 3  # checkpoints for which the disk must have room
+ROOM_BYTES = 50_000_000  # and for events and reports
 
 
 class Watch:
-    """Judges the figures of a training that goes on, each time over the steps since the time before.
+    """Judges the figures of a training run, each time over the steps since the time before.
 
-    A method gives the warning when there is something to say that was not said yet, and None otherwise.
+    A method gives a warning when there is something to say that was not said yet, and None otherwise.
     """
 
     def __init__(self) -> None:
@@ -24,18 +33,41 @@ class Watch:
         self._in_a_row = {"starves": 0, "lags": 0}
         self._slowest: int | None = None
 
+    def figures(
+        self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float], run: Run | None
+    ) -> list[str]:
+        """New warnings about what was logged at a step, about the loader and about the run's disk.
+
+        Args:
+            metrics: what was logged; only those of the loss and the speed are looked at.
+            run: the run whose disk is watched; None where there is none.
+        """
+        assert isinstance(pl_module, LitClassifier)
+        step, loader = trainer.global_step, trainer.train_dataloader
+        found = [self.loss(step, metrics["train/loss"], len(pl_module.classes))]
+        if isinstance(loader, DeviceLoader) and "speed/step_ms" in metrics:
+            wait_ms = metrics["speed/data_wait_ms"] * trainer.accumulate_grad_batches
+            num_cores = os.cpu_count() or 1
+            found.append(self.data(step, wait_ms, metrics["speed/step_ms"], loader.num_workers, num_cores))
+        if run is not None:
+            with contextlib.suppress(OSError):  # whoever writes there says what is wrong with the folder
+                last = run.checkpoint("last")
+                num_bytes = last.stat().st_size if last.is_file() else 0
+                found.append(self.disk(step, run.folder, shutil.disk_usage(run.folder).free, num_bytes))
+        return [warning for warning in found if warning]
+
     def loss(self, step: int, loss: float, num_classes: int) -> str | None:
-        """Of a mean cross-entropy. Guessing costs ln K; a loss twice that is on its way up, whatever it was before."""
+        """Judges a mean cross-entropy. Guessing costs ln K, so a loss of twice that is on its way up."""
         guessing = math.log(num_classes)
         return self._once(
             "explodes",
             loss > 2 * guessing,
-            f"the loss is {loss:.4g} at step {step}, where guessing costs {guessing:.3f}: the training diverges; stop "
+            f"the loss is {loss:.4g} at step {step}, where guessing costs {guessing:.3f}: training diverges; stop "
             "it and choose a smaller --lr, or let it begin small with --model.warmup",
         )
 
     def data(self, step: int, wait_ms: float, step_ms: float, num_workers: int | None, num_cores: int) -> str | None:
-        """Of the time that a step waits for its images; `num_workers` is None where no workers make them."""
+        """Judges the time that a step waits for its images; `num_workers` is None where no workers make them."""
         if num_workers is None:
             way_out = "choose less --data.augment, or a faster device for it"
         elif num_workers < num_cores:
@@ -49,7 +81,7 @@ class Watch:
         )
 
     def ranks(self, step: int, own_ms: Sequence[float], step_ms: float, hosts: Sequence[str]) -> str | None:
-        """Of the time that each rank takes of a step by itself, before gradients are exchanged."""
+        """Judges the part of a step that each rank does by itself, before gradients are exchanged."""
         slowest = max(range(len(own_ms)), key=own_ms.__getitem__)
         others_ms = statistics.median([*own_ms[:slowest], *own_ms[slowest + 1 :]])
         lags = own_ms[slowest] > LAGS * others_ms and own_ms[slowest] - others_ms > LAG_OF_STEP * step_ms
@@ -59,12 +91,12 @@ class Watch:
             "lags",
             self._repeated("lags", lags),
             f"rank {slowest} on {hosts[slowest]} takes {own_ms[slowest]:.1f} ms for what the other ranks do in "
-            f"{others_ms:.1f} ms, and all wait for it (step {step}): look what else runs there, or whether its device "
-            "is throttled, or leave it out",
+            f"{others_ms:.1f} ms, and all wait for it (step {step}): check what else runs there and whether its "
+            "device is throttled, or leave it out",
         )
 
     def disk(self, step: int, folder: Path, free_bytes: int, checkpoint_bytes: int) -> str | None:
-        """Of the room that is left where the run writes; `checkpoint_bytes` is 0 before the first one."""
+        """Judges the free space where the run writes; `checkpoint_bytes` is 0 before the first checkpoint."""
         return self._once(
             "disk",
             free_bytes < CHECKPOINTS_LEFT * checkpoint_bytes + ROOM_BYTES,

@@ -1,0 +1,47 @@
+"""Ranges of numeric settings, as types that jsonargparse checks where they stand in a signature. The class that takes a
+setting decides which range it has."""
+
+from typing import Any
+
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
+
+from lit_cifar.errors import UserError
+
+__all__ = [
+    "ClosedUnitInterval",
+    "HalfOpenUnitInterval",
+    "NonNegativeFloat",
+    "PositiveFloat",
+    "PositiveInt",
+    "Side",
+    "checked",
+]
+
+HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
+Side = restricted_number_type("Side", int, [(">=", 8), ("<=", 32)])  # of an image, in pixels
+
+
+def checked(flag: str, value: Any, kind: Any) -> Any:
+    """A setting as a plain int or float, which a checkpoint can hold and the parser's own types cannot be.
+
+    The parser has checked it already; this is for those who make the class in Python.
+
+    Args:
+        flag: what the setting is called on the command line.
+        value: the number.
+        kind: its range, a type of this module.
+
+    Raises:
+        UserError: it is out of range.
+    """
+    try:
+        kind(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{flag} {value} is out of range: {error}") from None
+    return int(value) if issubclass(kind, int) else float(value)
