@@ -1,4 +1,4 @@
-# Every command works in the project's own .venv; `make help` lists them.
+# Every command works in the project's own .venv. `make help` lists them.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -23,14 +23,14 @@ demo: .venv/installed ## install, then train and test on the embedded data set (
 test: .venv/installed-dev ## install, then run the tests
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" --numprocesses auto --maxprocesses 8
 
-test-slow: .venv/installed-dev ## the tests that take minutes
+test-slow: .venv/installed-dev ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: .venv/installed-dev ## the tests that need a GPU
+test-gpu: .venv/installed-dev ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
 KILLS ?= 20
-test-stress: .venv/installed-dev ## kills of trainings, bad mirrors, full disks, random input, over an hour: KILLS=20
+test-stress: .venv/installed-dev ## kill training runs, try bad mirrors, full disks, random input; over an hour: KILLS=20
 	$(BIN)/python tests/stress/kill.py --kills $(KILLS)
 	$(BIN)/python tests/stress/mirrors.py
 	$(BIN)/python tests/stress/fuzz.py
@@ -42,10 +42,11 @@ DATA_DIR ?= data
 bench: .venv/installed-dev ## measure every bar of BENCHMARKS.md, about an hour: DATA_DIR=FOLDER [AIRBENCH94=SCRIPT]
 	$(BIN)/python benchmarks/compare.py $(DATA_DIR) $(if $(AIRBENCH94),--airbench94 $(AIRBENCH94))
 
-check: .venv/installed-dev ## style and types
+check: .venv/installed-dev ## check style, types and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
-clean: ## remove what the commands made, but no run and no data
+clean: ## remove what these commands made, but no runs and no data
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

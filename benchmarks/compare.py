@@ -1,9 +1,9 @@
 """Measures every bar of BENCHMARKS.md in one go and writes it: lit_cifar beside plain PyTorch, plain Lightning,
-torchvision's DataLoader, and a peer's speedrun where its script is at hand. Run it on a quiet machine.
+torchvision's DataLoader, and a peer's speedrun if its script is given. Run it on a quiet machine.
 
     python benchmarks/compare.py DATA_DIR [--only NAME ...] [--runs 3] [--airbench94 SCRIPT] [--output BENCHMARKS.md]
 
-DATA_DIR is anything that lit_cifar reads as a tree or an archive. With --only, the other sections stay as they are.
+DATA_DIR is an image tree or an archive of one. With --only, the other sections stay as they are.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from lit_cifar.results.report import commit, versions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PEER_STEPS = 10  # of each timing of a peer's run, the first of which warms up
+PEER_STEPS = 10  # steps in each timing of a peer's run; the first warms up
 
 
 @dataclass
@@ -195,7 +195,8 @@ def loader(args: argparse.Namespace) -> Section:
 
 
 def speedrun94(args: argparse.Namespace) -> Section:
-    """Ours over some seeds, in the faster precision; the peer's steps before and after, as a run of its takes long."""
+    """Ours over some seeds, in the faster precision. A whole run of the peer takes long: its steps are timed before and
+    after ours."""
     flags = ["configs/speedrun94.yaml", "--runs", args.runs, "--data_dir", args.data_dir]
     step_seconds = {precision: _speedrun_step(args, precision) for precision in ("32-true", "bf16-mixed")}
     flags += ["--precision", min(step_seconds, key=step_seconds.__getitem__)]
@@ -246,7 +247,7 @@ def speedrun94(args: argparse.Namespace) -> Section:
 
 
 def _speedrun_step(args: argparse.Namespace, precision: str) -> float:
-    """Mean of a few steps of each side, the first left out."""
+    """Mean seconds of a few steps at each image side, without the first step."""
     flags = ["--config", "configs/speedrun94.yaml", "--data_dir", args.data_dir, "--precision", precision]
     flags += ["--trainer.max_steps", 12, "--trainer.limit_test_batches", 1, "--trainer.enable_checkpointing", "false"]
     seconds = fit(*flags)["seconds"]

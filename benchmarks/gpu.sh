@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Compares lit_cifar's speedruns with their peers on one GPU, in one hour on one machine, and prints a table.
+# Compares lit_cifar's speedruns with their peers on one GPU, in one hour on one machine, and prints what each reports.
 #
 #   benchmarks/gpu.sh DATA_DIR PEERS [RUNS]
 #
-# PEERS is a folder with copies of the peers' scripts (benchmarks/README.md says where they are from):
-# airbench94_muon.py, airbench96_faster.py, cifar10_speedrun.py. RUNS is how many runs of each, 20 unless said.
+# PEERS is a folder with copies of the peers' scripts (benchmarks/README.md says where to get them):
+# airbench94_muon.py, airbench96_faster.py, cifar10_speedrun.py. RUNS is how many runs of each, 20 by default.
 set -euo pipefail
 
 data=$(realpath "$1")

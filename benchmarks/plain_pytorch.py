@@ -3,7 +3,7 @@
     python benchmarks/plain_pytorch.py DATA_DIR [--seed 0] [--max_steps -1]
 
 Its net, transforms, DataLoader (batch 4, 2 workers), loss, optimiser, two epochs and test are the tutorial's. Only the
-images come from lit_cifar's reader, so that both see the same data; as in torchvision's CIFAR10 they lie in memory as
+images come from lit_cifar's reader, so that both see the same data. As in torchvision's CIFAR10, they lie in memory as
 arrays and become PIL images one by one.
 """
 
@@ -39,7 +39,7 @@ class Images(Dataset):
 
 
 def parse_args() -> argparse.Namespace:
-    """What this script and plain_lightning.py are told."""
+    """The arguments of this script and of plain_lightning.py."""
     parser = argparse.ArgumentParser()
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)

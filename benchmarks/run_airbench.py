@@ -4,7 +4,7 @@
 
 The script itself is KellerJordan's (github.com/KellerJordan/cifar10-airbench, MIT) and not part of this project: fetch
 it first. It is edited in memory: CUDA's devices, half precision, compilation and events become the CPU's. With --steps
-it stops early, which is enough to time it: its steps are all alike.
+it stops early, which is enough to time it: all its steps cost the same.
 """
 
 import argparse
@@ -34,7 +34,7 @@ EDITS = (
 
 
 class Event:
-    """What the script asks of a CUDA event."""
+    """As much of a CUDA event as the script uses."""
 
     def record(self) -> None:
         self.time = time.perf_counter()
@@ -67,7 +67,7 @@ def main() -> None:
     source = args.script.read_text()
     for old, new in EDITS:
         if old not in source:
-            sys.exit(f"{args.script} is another version than the one these edits are for: it lacks {old!r}")
+            sys.exit(f"{args.script} is not the version that these edits are for: it lacks {old!r}")
         source = source.replace(old, new)
     source = source.replace(".half()", f".to(torch.{args.dtype})").replace("range(200)", f"range({args.runs})")
     source = source.replace("            step += 1\n", "            step += 1; on_step(step)\n")

@@ -1,4 +1,5 @@
-"""`python -m lit_cifar.predict`: tells what images show. images.py decodes them, classifier.py has the net."""
+"""`python -m lit_cifar.predict`: names what images show. data/images.py decodes them;
+model/classifier.py has the net."""
 
 import csv
 import functools

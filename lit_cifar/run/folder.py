@@ -1,5 +1,5 @@
 """A run and its folder: which folder is this run's, and what the files in it are called. What is in them is up to those
-who write them: save.py, logger.py, report.py. It needs no torch, so that `runs` starts at once."""
+who write them: save.py, logger.py, results/report.py. It needs no torch, so that `runs` starts at once."""
 
 import contextlib
 import itertools

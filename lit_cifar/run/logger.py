@@ -1,4 +1,5 @@
-"""TensorBoard events of a run, in its folder. What is logged is up to the callers, and dashboard.py fills the pages."""
+"""TensorBoard events of a run, in its folder. The callers decide what is logged;
+training/dashboard.py fills the pages."""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Fills TensorBoard's pages. results/pictures.py draws; module.py and progress.py log the scalars."""
+"""Fills TensorBoard's pages. results/pictures.py draws; model/module.py and progress.py log the scalars."""
 
 import re
 import warnings

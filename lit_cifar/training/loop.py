@@ -1,5 +1,5 @@
-"""The Trainer's loop over training batches, without the calls of hooks that nobody overrides. module.py has what a step
-computes; callbacks such as progress.py do what happens around it.
+"""The Trainer's loop over training batches, without the calls of hooks that nobody overrides. model/module.py has what
+a step computes; callbacks such as progress.py do what happens around it.
 
 Lightning 2.6 makes some 60 Python calls a step to hooks of the strategy, the precision, the optimiser, the module and
 each callback, whether or not they do anything. For the tutorial's net at batch 4 that was a third of a step.
