@@ -13,11 +13,8 @@ from lit_cifar.text import printable
 
 # A checkpoint's config may name what these define without being asked. torchvision's data sets download.
 TRUSTED = ("lit_cifar.nets.", "torch.nn.", "torchvision.models.", "torchvision.ops.", "torchvision.transforms.")
-
 MAX_CONFIG_VALUES, MAX_CONFIG_TEXT = 100_000, 10_000  # how many, and how many characters of each
-
 IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
-
 TEXTS = ("data_dir", "default_root_dir", "mirrors", "name", "pattern")  # settings whose dots mean something else
 
 
