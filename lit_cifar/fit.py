@@ -20,6 +20,7 @@ from lit_cifar.errors import UserError  # noqa: E402
 from lit_cifar.files import writing  # noqa: E402
 from lit_cifar.model.classifier import checked_config  # noqa: E402
 from lit_cifar.results.report import peak_memory, print_report, write_results  # noqa: E402
+from lit_cifar.run.folder import Run  # noqa: E402
 from lit_cifar.run.read import State, check_state, find_checkpoint, read_checkpoint  # noqa: E402
 from lit_cifar.training.progress import Progress  # noqa: E402
 
@@ -137,7 +138,10 @@ def _resumed(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     if path is None:
         return None
     state = read_checkpoint(path)
-    return state, checked_config(state, settings.trust)
+    config = checked_config(state, settings.trust)
+    if Run.of(path, state.identity) is None:  # a run begins, and where is not up to a file
+        config.get("trainer", {}).pop("default_root_dir", None)
+    return state, config
 
 
 def _check_position(state: State, config: dict[str, Any], num_batches: int) -> None:

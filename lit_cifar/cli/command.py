@@ -1,7 +1,6 @@
 """The one LightningCLI: from settings to trainer, module and data module. parser.py words what is wrong with settings,
 machine.py knows the machine."""
 
-import contextlib
 import inspect
 import pkgutil
 import shlex
@@ -150,17 +149,15 @@ class CLI(LightningCLI):
 
     def _read(self, parser: Parser, args: list[str]) -> Namespace:
         silent = [arg for arg in args if not arg.startswith("--print_config")]  # it ends the command when it is read
-        problem = None
+        problem: UserError | None = None
         try:
             settings = parser.parse_args(silent)
-        except UserError as error:
+        except UserError as error:  # perhaps about a setting of the net that a checkpoint names
             problem = error
-            with contextlib.suppress(UserError):
+            try:
                 settings = parser.settings_without_classes(silent)
-                problem = None
-            if problem:
-                raise
-            problem = error
+            except UserError:
+                raise error from None
         parser.expand_paths(settings)
         started = self._start(settings)
         if started is not None:
