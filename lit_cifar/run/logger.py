@@ -82,7 +82,7 @@ def make_loggers(chosen: Any, run: Run, resumed_step: int | None) -> list[Logger
     loggers = []
     for settings in (chosen if isinstance(chosen, list) else [chosen]) if chosen else []:
         settings = settings.clone()
-        place = settings.init_args.get("save_dir", "elsewhere")
+        place = settings.get("init_args.save_dir", "elsewhere")  # it may have none
         if run.is_claimed and (place is None or Path(place).resolve() == run.root.resolve()):
             settings.init_args.save_dir = str(run.folder)
             if settings.init_args.get("name") == RUNS.name:  # such as csv/ in place of another lightning_logs/

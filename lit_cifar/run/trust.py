@@ -62,7 +62,7 @@ def check_trusted(config: Any) -> None:
 
 
 def _is_trusted(class_path: str) -> bool:
-    """Whether it names a class or a function that a trusted package defines itself.
+    """Whether it names a class or a function that a trusted package defines itself; UserError if it names nothing.
 
     The name alone shows nothing: `torch.nn.parallel.distributed.os.mkdir` is reached through a module's own imports.
     """
@@ -74,7 +74,9 @@ def _is_trusted(class_path: str) -> bool:
     except ImportError:
         return False
     if found is None:
-        return True  # nothing is made of it, and whoever tries says so
+        raise UserError(
+            f"the checkpoint names the class {class_path}, which cannot be made: there is no {class_path} in this version"
+        )
     return (inspect.isclass(found) or inspect.isfunction(found)) and f"{found.__module__}.".startswith(TRUSTED)
 
 
