@@ -75,7 +75,8 @@ def _is_trusted(class_path: str) -> bool:
         return False
     if found is None:
         raise UserError(
-            f"the checkpoint names the class {class_path}, which cannot be made: there is no {class_path} in this version"
+            f"the checkpoint names the class {class_path}, which cannot be made: there is no {class_path} in this "
+            "version"
         )
     return (inspect.isclass(found) or inspect.isfunction(found)) and f"{found.__module__}.".startswith(TRUSTED)
 
