@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_cifar import log
 from lit_cifar.errors import DivergedError, UserError
@@ -105,7 +106,7 @@ class Checkpoints(Checkpoint):
         self.best_step: int | None = None
         self._seen_step = 0  # with accumulated gradients, only the first batch end at a step is a step's end
         self._random_states: list[dict[str, Any]] = []
-        self._saved_weights: list[tuple[int, int]] | None = None  # by _versions, of last.ckpt
+        self._saved_weights: list[tuple[int, int]] = []  # by _versions, of last.ckpt
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number
@@ -172,9 +173,9 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning calls checkpoint callbacks last: what others change at the end is changed by now
-        if self.run is None or self._saved_weights is None:
-            return
-        changed = _versions(pl_module) != self._saved_weights
+        if self.run is None or not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            return  # other strategies give a rank parts of the weights
+        changed = trainer.is_global_zero and _versions(pl_module) != self._saved_weights
         if trainer.strategy.broadcast(changed and not _holds(self.run.checkpoint("last"), pl_module)):
             self._save(trainer, "final")
 
@@ -258,7 +259,7 @@ class Checkpoints(Checkpoint):
 
 def _versions(module: LightningModule) -> list[tuple[int, int]]:
     """Changes whenever a weight of the module does, in place or not."""
-    return [(weight.data_ptr(), weight._version) for weight in module.state_dict(keep_vars=True).values()]
+    return [(tensor.data_ptr(), tensor._version) for tensor in (*module.parameters(), *module.buffers())]
 
 
 def _holds(path: Path, module: LightningModule) -> bool:
