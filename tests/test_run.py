@@ -88,10 +88,25 @@ def test_a_run_that_did_not_begin_leaves_no_folder(tmp_path: Path) -> None:
     assert run.config.is_file(), "what somebody wrote into stays"
 
 
-def test_a_logger_that_cannot_be_made_leaves_no_folder() -> None:
-    with pytest.raises(Exception, match="nowhere"):
-        fit("--trainer.logger", CSV, "--trainer.logger.save_dir", ".", "--trainer.logger.prefix", "[nowhere]")
-    assert not RUNS.exists()
+class Unreachable(Logger):
+    """A logger whose server is not there."""
+
+    name, version = "unreachable", 0
+
+    def __init__(self) -> None:
+        raise ConnectionError("no route to host")
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Never called."""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Never called."""
+
+
+def test_a_logger_that_cannot_be_made_ends_in_one_line_and_leaves_no_folder() -> None:
+    with pytest.raises(UserError, match=r"--trainer\.logger test_run\.Unreachable cannot be made: .*no route to host"):
+        fit("--trainer.logger", "test_run.Unreachable")
+    assert os.listdir() == []
 
 
 # ---- the folder that a checkpoint lies in ----

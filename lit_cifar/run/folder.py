@@ -94,8 +94,8 @@ class Run:
             write_durably(self.folder / IDENTITY, (json.dumps({"identity": self.identity}) + "\n").encode())
         except OSError as error:
             raise UserError(
-                f"cannot make a folder for the run in {runs} ({error.strerror}): make it writable, or choose another "
-                "place with --trainer.default_root_dir"
+                f"cannot make a folder for the run in {runs} ({error.strerror}): make it a folder that can be "
+                "written, or choose another place with --trainer.default_root_dir"
             ) from None
 
     def release(self) -> None:

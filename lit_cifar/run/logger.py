@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from lit_cifar.errors import UserError
 from lit_cifar.run.folder import RUNS, Run
 
 
@@ -74,6 +75,9 @@ def make_loggers(chosen: Any, run: Run, resumed_step: int | None) -> list[Logger
         chosen: --trainer.logger: one or several as class_path and init_args; None and True are TensorBoard, False none.
         run: with a folder, on rank 0; the loggers of other ranks write nothing.
         resumed_step: the step that a resumed run goes on from.
+
+    Raises:
+        UserError: a logger cannot be made.
     """
     if chosen in (None, True):
         return [RunLogger(run, resumed_step)]
@@ -87,7 +91,11 @@ def make_loggers(chosen: Any, run: Run, resumed_step: int | None) -> list[Logger
             settings.init_args.save_dir = str(run.folder)
             if settings.init_args.get("name") == RUNS.name:  # such as csv/ in place of another lightning_logs/
                 settings.init_args.name = settings.class_path.rsplit(".", 1)[-1].removesuffix("Logger").lower()
-        loggers.append(parser.instantiate_classes(parser.parse_object({"logger": settings})).logger)
+        try:
+            loggers.append(parser.instantiate_classes(parser.parse_object({"logger": settings})).logger)
+        except Exception as error:  # a logger raises anything where its package is missing or its server is not there
+            reason = " ".join(str(error).split())
+            raise UserError(f"--trainer.logger {settings.class_path} cannot be made: {reason}") from error
     return loggers
 
 
