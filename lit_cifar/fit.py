@@ -133,7 +133,7 @@ def add_arguments(parser: Parser) -> None:
 def _resumed(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     """The state that --resume means, and its config."""
     machine.set_log_level(settings.log_level)
-    resume = os.environ.pop(RESUME_VARIABLE, settings.resume)
+    resume = os.environ.get(RESUME_VARIABLE, settings.resume)
     path = find_checkpoint(resume, Path(settings["trainer.default_root_dir"] or ".")) if resume else None
     if path is None:
         return None
