@@ -29,6 +29,7 @@ from lit_cifar.errors import FlagParser, UserError
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import normalise
 from lit_cifar.results.report import commit, versions
+from lit_cifar.run.folder import RESULTS, RUNS
 
 STAGES = ("fit", "step", "loader")
 USAGE = """usage: python -m lit_cifar.bench CONFIG [--runs N] [--stage STAGE] [--warm true] [any flag of lit_cifar.fit]
@@ -208,7 +209,7 @@ def _fit_here(args: list[str], folder: Path) -> dict[str, Any]:
 
 
 def _newest_results(folder: Path) -> dict[str, Any]:
-    newest = max(folder.glob("lightning_logs/version_*/results.json"), key=lambda path: path.stat().st_mtime_ns)
+    newest = max(folder.glob(f"{RUNS}/version_*/{RESULTS}"), key=lambda path: path.stat().st_mtime_ns)
     results: dict[str, Any] = json.loads(newest.read_text())
     return results
 
@@ -236,6 +237,8 @@ class _Stopwatch(Callback):
 def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
     """Measures the recipe's step as configured and under barebones, in turn."""
     limit = _settings(flags).trainer.max_steps
+    if limit in (0, 1):
+        raise UserError(f"--trainer.max_steps {limit}: --stage step measures the steps after the first; choose 2 or more")
     num_steps = limit if limit >= 0 else TIMED_STEPS + UNTIMED_STEPS
     untimed = min(UNTIMED_STEPS, num_steps // 2)
     milliseconds: dict[str, list[float]] = {"as configured": [], "barebones": []}

@@ -221,7 +221,7 @@ def _predict(net: Classifier, classes: tuple[str, ...], batch: list[Pixels], top
 
 def _text_lines(predictions: list[Prediction]) -> str:
     return "".join(
-        "  ".join((printable(path), *(f"{name} {100 * probability:.1f} %" for name, probability in classes)))
+        "  ".join((printable(path), *(f"{printable(name)} {100 * share:.1f} %" for name, share in classes)))
         + (f"  error: {error}\n" if error else "\n")
         for path, classes, error in predictions
     )
