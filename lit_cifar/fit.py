@@ -17,8 +17,10 @@ from lit_cifar.cli import machine  # noqa: E402
 from lit_cifar.cli.command import CLI, set_up  # noqa: E402
 from lit_cifar.cli.parser import TRUST, Parser  # noqa: E402
 from lit_cifar.errors import UserError  # noqa: E402
+from lit_cifar.files import writing  # noqa: E402
 from lit_cifar.model.classifier import checked_config  # noqa: E402
 from lit_cifar.results.report import peak_memory, print_report, write_results  # noqa: E402
+from lit_cifar.run.folder import Run  # noqa: E402
 from lit_cifar.run.read import State, check_state, find_checkpoint, read_checkpoint  # noqa: E402
 from lit_cifar.training.progress import Progress  # noqa: E402
 
@@ -111,7 +113,8 @@ def finish(command: CLI, started: float, seconds: dict[str, float]) -> None:
     if run is not None:  # first: what is printed may fail, on a terminal that is gone or cannot show it
         now = time.perf_counter()
         seconds = {**seconds, "test": now - test_started, "total": now - started}
-        write_results(run.results, _results(command, tested, seconds))
+        with writing(run.results, f"make room or fix the folder, then test again with --resume {run.folder}"):
+            write_results(run.results, _results(command, tested, seconds))
     print_report(model.reports["test"], model.reports.get("plain"))
     if run is not None:
         print(f"\nRun: {run.folder}\nDashboards: tensorboard --logdir {run.folder.parent}")
@@ -135,7 +138,10 @@ def _resumed(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     if path is None:
         return None
     state = read_checkpoint(path)
-    return state, checked_config(state, settings.trust)
+    config = checked_config(state, settings.trust)
+    if Run.of(path, state.identity) is None:  # a run begins, and where is not up to a file
+        config.get("trainer", {}).pop("default_root_dir", None)
+    return state, config
 
 
 def _check_position(state: State, config: dict[str, Any], num_batches: int) -> None:

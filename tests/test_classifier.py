@@ -27,8 +27,8 @@ IMAGES = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.G
 
 
 def draw_test_images() -> tuple[Tensor, Tensor]:
-    images, labels = shapes.draw(train=False)
-    return torch.from_numpy(images), torch.from_numpy(labels)
+    split = shapes.draw_shapes(train=False)
+    return split.images, split.labels
 
 
 def save(module: LitClassifier, net: Any, **settings: Any) -> Path:

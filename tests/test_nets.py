@@ -1,9 +1,7 @@
 """SpeedNet and ResNet-18: what is fixed about them, against torch and torchvision."""
 
 import copy
-from typing import Any
 
-import jsonargparse
 import pytest
 import torch
 import torchvision
@@ -80,31 +78,3 @@ def test_resnet18_equals_torchvisions_with_the_small_stem() -> None:
     ours.load_state_dict(dict(zip(ours.state_dict(), reference.state_dict().values(), strict=True)))
     images = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(ours.eval()(images), reference.eval()(images), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("net", "setting"),
-    [
-        *((net, {"num_classes": 0}) for net in ("Net", "ResNet18", "SpeedNet")),
-        *(("SpeedNet", setting) for setting in ({"widths": [8, 0, 8]}, {"momentum": 1.5})),
-    ],
-)
-def test_the_parser_refuses_a_nets_setting_out_of_range(net: str, setting: dict[str, Any]) -> None:
-    with pytest.raises(jsonargparse.ArgumentError, match="does not conform to restriction"):
-        parse_net(net, **setting)
-
-
-def test_layers_are_made_of_plain_numbers() -> None:
-    for name in ("Net", "ResNet18", "SpeedNet"):
-        net = parse_net(name, num_classes=7, **({"widths": [8, 8, 8], "momentum": 0.3} if name == "SpeedNet" else {}))
-        found = {type(value) for module in net.modules() for value in vars(module).values()}
-        assert not [kind for kind in found if kind.__module__.startswith("jsonargparse")]
-
-
-def parse_net(name: str, **settings: Any) -> nn.Module:
-    """A net as the commands make it of its config."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--net", type=nn.Module)
-    config = parser.parse_object({"net": {"class_path": f"lit_cifar.nets.{name}", "init_args": settings}})
-    net: nn.Module = parser.instantiate(config).net
-    return net

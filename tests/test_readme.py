@@ -182,7 +182,7 @@ def test_flags_that_documents_name_exist(capsys: pytest.CaptureFixture[str]) -> 
         with pytest.raises(SystemExit):
             main(["--help"])
     known = set(re.findall(r"--[\w.]+", capsys.readouterr().out)) | {f"--{short}" for short in SHORT_FLAGS}
-    known |= {f"--{flag}" for flag in lit_cifar.bench.OWN_FLAGS}
+    known |= set(re.findall(r"--[\w.]+", lit_cifar.bench.USAGE))
     known |= {"--nodes", "--ntasks", "--signal", "--wait"}  # Slurm's
     known |= {"--study", "--trials", "--storage", "--sort", "--json"}
     known |= {"--ckpt_path", "--logdir", "--print_config", "--model.net.num_classes", "--model.net.width"}

@@ -179,6 +179,14 @@ def test_a_checkpoint_outside_its_run_begins_a_new_one() -> None:
     assert before == (contents(RUNS / "version_0"), contents(RUNS / "version_1"))
 
 
+def test_a_checkpoint_outside_its_run_does_not_say_where_the_new_one_is() -> None:
+    fit("--max_epochs", "1", "--trainer.default_root_dir", "theirs")
+    shutil.copy(Path("theirs") / RUNS / "version_0" / "checkpoints" / "last.ckpt", "mine.ckpt")
+    lit_cifar.fit.main(["--resume", "mine.ckpt", "--max_epochs", "2"])
+    assert results("version_0")["num_steps"] == 8
+    assert os.listdir(Path("theirs") / RUNS) == ["version_0"]
+
+
 @pytest.mark.parametrize(
     "logger",
     [

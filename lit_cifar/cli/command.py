@@ -1,7 +1,6 @@
 """The one LightningCLI: from settings to trainer, module and data module. parser.py words what is wrong with settings,
 machine.py knows the machine."""
 
-import contextlib
 import inspect
 import pkgutil
 import shlex
@@ -12,11 +11,10 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from lit_cifar import log
@@ -25,8 +23,8 @@ from lit_cifar.cli.parser import ConfigFile, Parser
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError
 from lit_cifar.model.module import LitClassifier
-from lit_cifar.run.folder import RUNS, Run
-from lit_cifar.run.logger import RunLogger
+from lit_cifar.run.folder import Run
+from lit_cifar.run.logger import make_loggers
 from lit_cifar.run.read import State
 from lit_cifar.run.save import Checkpoints, DurableCheckpointIO, OpenRun
 from lit_cifar.training import loop
@@ -151,17 +149,15 @@ class CLI(LightningCLI):
 
     def _read(self, parser: Parser, args: list[str]) -> Namespace:
         silent = [arg for arg in args if not arg.startswith("--print_config")]  # it ends the command when it is read
-        problem = None
+        problem: UserError | None = None
         try:
             settings = parser.parse_args(silent)
-        except UserError as error:
+        except UserError as error:  # perhaps about a setting of the net that a checkpoint names
             problem = error
-            with contextlib.suppress(UserError):
+            try:
                 settings = parser.settings_without_classes(silent)
-                problem = None
-            if problem:
-                raise
-            problem = error
+            except UserError:
+                raise error from None
         parser.expand_paths(settings)
         started = self._start(settings)
         if started is not None:
@@ -293,28 +289,10 @@ class CLI(LightningCLI):
             # profilers ask before OpenRun is called
             self.trainer._default_root_dir = str(self.run.folder)  # type: ignore[attr-defined]
         try:
-            self.trainer.loggers = self._make_loggers(self.run)
+            self.trainer.loggers = make_loggers(self._loggers, self.run, self.state.step if self.state else None)
         except BaseException:
             self.run.release()
             raise
-
-    def _make_loggers(self, run: Run) -> list[Logger]:
-        """TensorBoard in the run's folder, or the loggers that were chosen, which save there if no place was chosen."""
-        if self._loggers in (None, True):
-            return [RunLogger(run, self.state.step if self.state else None)]
-        loggers = []
-        for chosen in _as_list(self._loggers or None):
-            settings = chosen.clone()
-            if _parameter(settings.class_path, "save_dir") and run.is_claimed:
-                place = settings.init_args.get("save_dir")
-                if place is None or Path(place).resolve() == run.root.resolve():
-                    settings.init_args.save_dir = str(run.folder)
-                    if settings.init_args.get("name") == RUNS.name:
-                        settings.init_args.name = settings.class_path.rsplit(".", 1)[-1].removesuffix("Logger").lower()
-            parser = ArgumentParser(exit_on_error=False)
-            parser.add_argument("--logger", type=Logger)
-            loggers.append(parser.instantiate_classes(parser.parse_object({"logger": settings})).logger)
-        return loggers
 
     def results(self, tested: str | None, num_steps: int, seconds: dict[str, float]) -> dict[str, Any]:
         """What results.json says of a test.

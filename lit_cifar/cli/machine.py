@@ -25,7 +25,6 @@ from lit_cifar.run.stop import STOPPED, Stopped
 # tutorial's net at batch 4 (0.25 million): forward, backward and SGD take 1.65 ms with oneDNN and 1.20 without (one
 # thread, torch 2.14, 2 CPU cores); two threads gain nothing and lose much when another process wants a core
 SMALL_STEP = 2**20
-
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 
@@ -101,7 +100,7 @@ def set_log_level(level: str) -> None:
         logging.getLogger(name).setLevel({"debug": "INFO", "error": "ERROR"}.get(level, "WARNING"))
     if level == "error" or (log.rank() and level != "debug"):
         warnings.simplefilter("ignore")
-    # said on each machine that has Slurm, to whoever trains outside of a job
+    # printed on each machine that has Slurm, where no job runs
     warnings.filterwarnings("ignore", message="The `srun` command is available")
     warnings.filterwarnings("ignore", message="The number of training batches")  # Progress logs short epochs too
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set

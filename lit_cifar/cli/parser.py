@@ -143,7 +143,7 @@ class Parser(LightningArgumentParser):
     def settings_without_classes(self, args: list[str]) -> Namespace:
         """What is set, but for the classes of nets, callbacks and the like, and what is set of these: any text passes.
 
-        It tells which checkpoint to start from. A flag such as --model.net.widths may be one of the net that this
+        This shows which checkpoint to start from. A flag such as --model.net.widths may be one of the net that this
         checkpoint names, and is checked when that is known.
         """
         actions: list[Any] = [

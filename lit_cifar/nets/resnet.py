@@ -5,7 +5,6 @@ that CIFAR work uses.
 """
 
 import torch.nn.functional as F
-from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 
@@ -16,7 +15,7 @@ class ResNet18(nn.Module):
         num_classes: number of classes K, the length of each row of logits.
     """
 
-    def __init__(self, num_classes: PositiveInt = 10) -> None:
+    def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(64)
@@ -26,7 +25,7 @@ class ResNet18(nn.Module):
             blocks += [Block(num_in, num_out, stride), Block(num_out, num_out, 1)]
             num_in = num_out
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(512, int(num_classes))  # not the parser's type, which torch.compile need not know
+        self.head = nn.Linear(512, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor, nn
 
 WHITENED_SIDE = 2  # pixels of the patches that the first convolution whitens
@@ -30,22 +29,21 @@ class SpeedNet(nn.Module):
 
     def __init__(
         self,
-        num_classes: PositiveInt = 10,
-        widths: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 256, 256),
+        num_classes: int = 10,
+        widths: tuple[int, int, int] = (64, 256, 256),
         depth: Literal[2, 3] = 2,
         activation: Literal["gelu", "silu"] = "gelu",
-        momentum: ClosedUnitInterval = 0.4,
+        momentum: float = 0.4,
     ) -> None:
         super().__init__()
         num_patch_values = 3 * WHITENED_SIDE**2
         # fixed: its input and weights need no gradients, which saves the costliest part of the backward pass
         self.whiten = nn.Conv2d(3, 2 * num_patch_values, WHITENED_SIDE, bias=False).requires_grad_(False)
-        # plain numbers from here on: torch.compile need not know the parser's types
-        channels = (2 * num_patch_values, *map(int, widths))
+        channels = (2 * num_patch_values, *widths)
         self.blocks = nn.Sequential(
-            *(Block(channels[i], channels[i + 1], depth, activation, float(momentum)) for i in range(3))
+            *(Block(channels[i], channels[i + 1], depth, activation, momentum) for i in range(3))
         )
-        self.head = nn.Linear(channels[-1], int(num_classes), bias=False)
+        self.head = nn.Linear(channels[-1], num_classes, bias=False)
         self.activation = _activation(activation)
         with torch.no_grad():
             self.head.weight.div_(self.head.weight.std())

@@ -4,7 +4,6 @@ Source: https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html
 """
 
 import torch.nn.functional as F
-from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 
@@ -15,14 +14,14 @@ class Net(nn.Module):
         num_classes: number of classes K, the length of each row of logits.
     """
 
-    def __init__(self, num_classes: PositiveInt = 10) -> None:
+    def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 6, 5)
         self.pool = nn.MaxPool2d(2, 2)
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
         self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, int(num_classes))  # not the parser's type, which torch.compile need not know
+        self.fc3 = nn.Linear(84, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps normalised images (B, 3, 32, 32) to logits (B, K)."""

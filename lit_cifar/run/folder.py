@@ -99,7 +99,7 @@ class Run:
             ) from None
 
     def release(self) -> None:
-        """Removes a folder that `claim` made and nobody wrote into: the run did not begin."""
+        """Removes a folder that `claim` made and nothing was written into: the run did not begin."""
         if self._folder is not None and [path.name for path in self._folder.iterdir()] == [IDENTITY]:
             (self._folder / IDENTITY).unlink()
             self._folder.rmdir()

@@ -1,16 +1,17 @@
-"""TensorBoard events of a run, in its folder. The callers decide what is logged;
-training/dashboard.py fills the pages."""
+"""The loggers of a run, in its folder: TensorBoard, or those that were chosen. The callers decide what is logged;
+training/dashboard.py fills TensorBoard's pages."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+from jsonargparse import ArgumentParser
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from lit_cifar.run.folder import Run
+from lit_cifar.run.folder import RUNS, Run
 
 
 class RunLogger(TensorBoardLogger):
@@ -64,6 +65,30 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         """Brings events onto the disk; no hparams.yaml, whose place config.yaml takes."""
         self.experiment.flush()
+
+
+def make_loggers(chosen: Any, run: Run, resumed_step: int | None) -> list[Logger]:
+    """TensorBoard in the run's folder, or the loggers that were chosen, which save there too if no place was chosen.
+
+    Args:
+        chosen: --trainer.logger: one or several as class_path and init_args; None and True are TensorBoard, False none.
+        run: with a folder, on rank 0; the loggers of other ranks write nothing.
+        resumed_step: the step that a resumed run goes on from.
+    """
+    if chosen in (None, True):
+        return [RunLogger(run, resumed_step)]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--logger", type=Logger)
+    loggers = []
+    for settings in (chosen if isinstance(chosen, list) else [chosen]) if chosen else []:
+        settings = settings.clone()
+        place = settings.get("init_args.save_dir", "elsewhere")  # it may have none
+        if run.is_claimed and (place is None or Path(place).resolve() == run.root.resolve()):
+            settings.init_args.save_dir = str(run.folder)
+            if settings.init_args.get("name") == RUNS.name:  # such as csv/ in place of another lightning_logs/
+                settings.init_args.name = settings.class_path.rsplit(".", 1)[-1].removesuffix("Logger").lower()
+        loggers.append(parser.instantiate_classes(parser.parse_object({"logger": settings})).logger)
+    return loggers
 
 
 def scalars_at(run: Path, step: int) -> dict[str, float]:

@@ -19,11 +19,8 @@ from lit_cifar.run.folder import CHECKPOINTS, RUNS, run_version
 from lit_cifar.run.trust import is_plain
 
 MAX_PICKLE_BYTES = 2**22  # of a checkpoint, without its tensors; a small run's is 10 to 100 kB
-
 POSITION = {"epoch": 0, "batch": 0}  # states are compared with these: in the data,
-
 RUNNING_LOSS = {"logged": [0.0, 0], "printed": [0.0, 0]}  # sums and counts,
-
 GPU_RANDOM_STATE = torch.zeros(16, dtype=torch.uint8)  # and torch.cuda's
 
 

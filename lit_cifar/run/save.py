@@ -131,7 +131,7 @@ class Checkpoints(Checkpoint):
         self._agreement = Agreement()
         self._saved_at = time.monotonic()
         self._seen_step = trainer.global_step
-        if len(self._random_states) == trainer.world_size:  # on other numbers of ranks nobody can continue the draws
+        if len(self._random_states) == trainer.world_size:  # on another number of ranks the draws cannot be continued
             set_random_state(self._random_states[trainer.global_rank])
         self._random_states = []
 

@@ -13,11 +13,8 @@ from lit_cifar.text import printable
 
 # A checkpoint's config may name what these define without being asked. torchvision's data sets download.
 TRUSTED = ("lit_cifar.nets.", "torch.nn.", "torchvision.models.", "torchvision.ops.", "torchvision.transforms.")
-
 MAX_CONFIG_VALUES, MAX_CONFIG_TEXT = 100_000, 10_000  # how many, and how many characters of each
-
 IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
-
 TEXTS = ("data_dir", "default_root_dir", "mirrors", "name", "pattern")  # settings whose dots mean something else
 
 
@@ -65,7 +62,7 @@ def check_trusted(config: Any) -> None:
 
 
 def _is_trusted(class_path: str) -> bool:
-    """Whether it names a class or a function that a trusted package defines itself.
+    """Whether it names a class or a function that a trusted package defines itself; UserError if it names nothing.
 
     The name alone shows nothing: `torch.nn.parallel.distributed.os.mkdir` is reached through a module's own imports.
     """
@@ -73,9 +70,14 @@ def _is_trusted(class_path: str) -> bool:
         return False
     module, _, name = class_path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
         return False
+    if found is None:
+        raise UserError(
+            f"the checkpoint names the class {class_path}, which cannot be made: there is no {class_path} in this "
+            "version"
+        )
     return (inspect.isclass(found) or inspect.isfunction(found)) and f"{found.__module__}.".startswith(TRUSTED)
 
 
