@@ -80,19 +80,19 @@ def main(args: list[str]) -> None:
 
 
 def _parser() -> NetParser:
-    parser = NetParser("python -m lit_cifar.predict", "Prints the likeliest classes of images, one image a line.")
+    parser = NetParser("python -m lit_cifar.predict", "Prints the likeliest classes of images, one image per line.")
     parser.add_argument(
         "paths",
         nargs="+",
         metavar="PATH",
         help="an image of any size and format that Pillow reads, a folder with images at any depth, a quoted pattern "
-        "such as 'photos/**/*.jpg', or - for standard input: an image, or paths one a line",
+        "such as 'photos/**/*.jpg', or - for standard input: an image, or paths, one per line",
     )
     parser.add_argument("--top", type=int, metavar="N", default=3, help="classes printed for each image (default: 3)")
     parser.add_argument("--batch_size", type=int, metavar="N", default=256, help="images at a time (default: 256)")
     parser.add_argument("--accelerator", choices=("cpu", "gpu", "auto"), default="auto", help="default: auto")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="an object of JSON a line")
+    form.add_argument("--json", action="store_true", help="one JSON object per line")
     form.add_argument("--csv", action="store_true", help="CSV with a header")
     return parser
 
