@@ -238,9 +238,7 @@ def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
     """Measures the recipe's step as configured and under barebones, in turn."""
     limit = _settings(flags).trainer.max_steps
     if limit in (0, 1):
-        raise UserError(
-            f"--trainer.max_steps {limit}: --stage step measures the steps after the first; choose 2 or more"
-        )
+        raise UserError(f"--trainer.max_steps {limit}: --stage step needs 2 or more")
     num_steps = limit if limit >= 0 else TIMED_STEPS + UNTIMED_STEPS
     untimed = min(UNTIMED_STEPS, num_steps // 2)
     milliseconds: dict[str, list[float]] = {"as configured": [], "barebones": []}

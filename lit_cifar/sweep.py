@@ -142,7 +142,7 @@ class Sweep:
         mark_killed(self.study)
         distributions = {key: distribution(entry) for key, entry in self.space.items()}
         done = trials_of(self.study)
-        print(f"sweep {self.storage}: {len(done)} of {self.num_trials} trials are there", flush=True)
+        print(f"sweep {self.storage}: {len(done)} of {self.num_trials} trials are done", flush=True)
         for index in range(len(done), self.num_trials):
             # a sampler for each trial, so that its draws depend on the seed and the trials before, and not on how often
             # the sweep was killed

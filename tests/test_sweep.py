@@ -106,7 +106,7 @@ def test_the_test_set_is_read_once_when_all_trials_are_done(
     reads.clear()
     search(SPACE, 2, *FLAGS)  # nothing is left to do
     assert reads == [True]
-    assert "2 of 2 trials are there" in capsys.readouterr().out
+    assert "2 of 2 trials are done" in capsys.readouterr().out
     assert len(list(Path("lightning_logs").glob("version_*"))) == 2
 
 
@@ -135,7 +135,7 @@ def test_a_sweep_killed_in_a_trial_goes_on_to_the_same_trials_and_the_same_best(
         finally:
             os.kill(process.pid, signal.SIGKILL)
     search(SPACE, 3, *long)
-    assert "1 of 3 trials are there" in capsys.readouterr().out
+    assert "1 of 3 trials are done" in capsys.readouterr().out
     assert [trial_of(f"version_{i}")["state"] for i in range(4)] == ["complete", "killed", "complete", "complete"]
     states = [trial.state.name for trial in study().trials]
     assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
@@ -252,6 +252,8 @@ def parser() -> Parser:
         ("[model.lr]", ["maps no keys"]),
         ("", ["maps no keys"]),
         ("model.lr: {", ["no valid YAML"]),
+        ("model.lr: 2001-99-99", ["no valid YAML"]),
+        ("[" * 5000, ["no valid YAML"]),
         ("model.lrr: {low: 0, high: 1}", ["unknown key 'model.lrr'", "did you mean model.lr?"]),
         ("leerning: {low: 0, high: 1}", ["unknown key 'leerning'"]),
         ("3: {low: 0, high: 1}", ["unknown key '3'"]),
@@ -266,6 +268,7 @@ def parser() -> Parser:
         ("batch_size: {low: 1, high: 9, step: 9}", ["no second value"]),
         ("batch_size: {low: 1, high: 9, step: 0}", ["no second value"]),
         ("lr: {low: 0, high: .inf}", ["high: expected a number"]),
+        (f"lr: {{low: 0, high: 1{'0' * 400}}}", ["high: expected a number"]),
         ("lr: {low: no, high: 1}", ["low: expected a number, got False"]),
         ("lr: {low: a, high: 1}", ["low: expected a number, got 'a'"]),
         ("batch_size: {choices: []}", ["choices is a list"]),
@@ -315,6 +318,7 @@ def test_a_range_is_one_of_whole_numbers_where_it_has_whole_steps(parser: Parser
         (SPACE, ["--trials", "0"], ["--trials: expected a number from 1, got 0"]),
         (SPACE, ["--resume", "auto"], ["unknown flag --resume"]),
         (SPACE, ["--study", "missing.yaml"], ["missing.yaml cannot be read"]),
+        (SPACE, ["--storage", "space.yaml/trials.db"], ["space.yaml/trials.db cannot be written", "another --storage"]),
         ("batch_size: {choices: [4, 20000]}", [], ["batch_size 20000"]),
         ("batch_size: {low: 4, high: 8}", [], ["space.yaml: --data.batch_size: expected int, got 4.0", "step: 1"]),
         ("model.net.num_clases: {choices: [10]}", [], ["space.yaml", "num_clases"]),

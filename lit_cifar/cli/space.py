@@ -31,7 +31,7 @@ def read_space(file: Path, parser: Parser) -> Space:
 
     Args:
         file: maps keys, in either of their spellings, to {low: ..., high: ...} or {choices: [...]}.
-        parser: knows the keys that there are.
+        parser: the command's, which has all keys.
 
     Raises:
         UserError: the file cannot be read, or a key, a range or a list of choices in it is wrong.
@@ -83,7 +83,7 @@ def flag_text(value: Any) -> str:
 def _dotted(key: str, file: Path, parser: Parser) -> str:
     option = parser.option(key)
     known = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
-    # the parser knows the keys of a class, such as model.net.num_classes, only once it knows the class
+    # keys of a class, such as model.net.num_classes, are unknown to the parser until it has read which class
     inside = any("." in name and key.startswith(f"{name}.") for name in known)
     if option is None and not inside:
         raise UserError(f"{file}: unknown key {key!r}{nearest(key, known)}; --print_config lists the keys")

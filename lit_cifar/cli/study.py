@@ -72,7 +72,7 @@ def _locked(storage: Path) -> Iterator[None]:
 
 
 def check_unchanged(study: "optuna.Study", settings: dict[str, Any], labels: dict[str, str]) -> None:
-    """Checks that a study goes on with the settings it began with, which a new one records.
+    """Checks that a study keeps the settings it began with; a new one records them.
 
     Args:
         study: its trials depend on the settings.
@@ -90,8 +90,8 @@ def check_unchanged(study: "optuna.Study", settings: dict[str, Any], labels: dic
     for section, label in labels.items():
         for change in _changes(before[section], settings[section]):
             raise UserError(
-                f"{label}{change}; a sweep goes on with what it began with: undo the change, or begin another one with "
-                "--storage FILE"
+                f"{label}{change}; a sweep keeps the settings it began with: undo the change, or begin another one "
+                "with --storage FILE"
             )
 
 
@@ -132,7 +132,7 @@ def write_trial(record: dict[str, Any]) -> None:
         UserError: the file cannot be written.
     """
     file = Run(folder=Path(record["run"])).trial
-    with writing(file, "free some space, and start the sweep again: it goes on"):
+    with writing(file, "free some space, and start the sweep again: it continues"):
         write_durably(file, (json.dumps(record, indent=2) + "\n").encode())
 
 
