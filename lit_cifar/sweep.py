@@ -120,9 +120,7 @@ class Sweep:
         if trainer.num_devices * trainer.num_nodes > 1:
             raise UserError("a sweep trains on one device: choose --devices 1 and --num_nodes 1")
         if not self.base.datamodule.num_val:
-            raise UserError(
-                "a sweep judges by validation accuracy, and there is no validation: add --data.num_val 5000"
-            )
+            raise UserError("a sweep judges trials by validation, and there is none: add --data.num_val 5000")
         judged = checkpoints is not None and (checkpoints.monitor, checkpoints.mode) == ("val/accuracy", "max")
         if self.base.run is None or not judged:
             raise UserError(
@@ -163,12 +161,8 @@ class Sweep:
         from optuna.trial import TrialState
 
         started = time.perf_counter()
-        record: dict[str, Any] = {
-            "sweep": str(self.storage),
-            "trial": number,
-            "state": "running",
-            "values": trial.params,
-        }
+        record: dict[str, Any] = {"sweep": str(self.storage), "trial": number, "state": "running"}
+        record["values"] = trial.params
         judge = _Judge(trial, record)
         with contextlib.redirect_stdout(io.StringIO()):
             seconds, reason = self._train(trial.params, judge, started)
@@ -221,17 +215,10 @@ class Sweep:
         rows = [headings]
         for trial in trials_of(self.study):
             record = trial.user_attrs["trial"]
-            rows.append(
-                [
-                    str(record["trial"]),
-                    record["state"],
-                    _percent(record["accuracy"]),
-                    str(record["num_validations"]),
-                    f"{record['seconds']['total']:.1f}",
-                    *(_cell(trial.params[key]) for key in self.space),
-                    Path(record.get("run", "-")).name,
-                ]
-            )
+            cells = [str(record["trial"]), record["state"], _percent(record["accuracy"])]
+            cells += [str(record["num_validations"]), f"{record['seconds']['total']:.1f}"]
+            cells += [_cell(trial.params[key]) for key in self.space]
+            rows.append([*cells, Path(record.get("run", "-")).name])
         print(f"\n{columns(rows, right=[i for i in range(len(headings) - 1) if i != 1])}")
 
     def finish(self) -> None:
