@@ -1,4 +1,5 @@
-"""`python -m lit_cifar.bench CONFIG`: measures a recipe, or one stage of it. What is measured is in other modules."""
+"""`python -m lit_cifar.bench CONFIG`: measures a recipe, or one stage of it. Measures only: fit.py trains, and
+data/loader.py loads."""
 
 import argparse
 import contextlib
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -24,10 +25,11 @@ from lit_cifar import fit
 from lit_cifar.cli import machine
 from lit_cifar.cli.command import CLI, set_up
 from lit_cifar.cli.parser import truth
-from lit_cifar.errors import UserError
+from lit_cifar.errors import FlagParser, UserError
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import normalise
 from lit_cifar.results.report import commit, versions
+from lit_cifar.run.folder import RESULTS, RUNS
 
 STAGES = ("fit", "step", "loader")
 USAGE = """usage: python -m lit_cifar.bench CONFIG [--runs N] [--stage STAGE] [--warm true] [any flag of lit_cifar.fit]
@@ -36,11 +38,11 @@ Measures a recipe; the last line it prints is JSON.
 
   CONFIG           a file of configs/
   --runs N         how many runs, or repetitions of a stage (default: 3); run i has seed --seed + i
-  --stage STAGE    fit:    trains and tests N times as lit_cifar.fit does, each run a process of its own (default)
-                   step:   milliseconds of a training step, and its ratio to the same under the Trainer's barebones
+  --stage STAGE    fit:    trains and tests N times as lit_cifar.fit does, each run in its own process (default)
+                   step:   milliseconds per training step, and their ratio to those under the Trainer's barebones
                    loader: images per second of the input pipeline: order, augmentation, scaling, normalising
-  --warm true      fit: all runs in one process after one run of a few steps that is not counted, so that what is
-                   compiled once is not counted N times; for one device
+  --warm true      fit: all runs in one process, after one run of a few steps that is not counted, so that compiling
+                   is not counted N times; for one device
   anything else    goes to lit_cifar.fit: --data_dir, --devices, --precision, --trainer.max_steps, ...
 """
 # two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom
@@ -49,8 +51,8 @@ T95 = (
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
 WARM_UP_STEPS = 8
-TIMED_STEPS, UNTIMED_STEPS = 200, 20  # of a short measurement of --stage step
-SECONDS_A_REPETITION = 2.0  # a repetition of --stage step and loader takes at least about this long
+TIMED_STEPS, UNTIMED_STEPS = 200, 20  # in a repetition of --stage step
+SECONDS_A_REPETITION = 2.0  # of --stage loader, at least
 
 
 def main(args: list[str]) -> None:
@@ -70,31 +72,22 @@ def main(args: list[str]) -> None:
     print(json.dumps({**where, **result, "device": device(), "versions": versions(), "commit": commit()}))
 
 
-class _OwnFlags(argparse.ArgumentParser):
-    """Bench's own flags; all others are fit's."""
-
-    def __init__(self) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
-        self.add_argument("--runs", type=int, default=3)
-        self.add_argument("--stage", default="fit")
-        self.add_argument("--warm", type=truth, default=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
 def split_flags(args: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
-    """The config, bench's own flags, and those of lit_cifar.fit.
+    """The config, the flags of this command, and those of lit_cifar.fit.
 
     Raises:
-        UserError: there is no config, or one of bench's own flags has no such value.
+        UserError: there is no config, or a flag of this command does not take such a value.
     """
     if args[0].startswith("-"):
         raise UserError("the recipe comes first: python -m lit_cifar.bench CONFIG [--runs N] ...")
     config = str(local_path(args[0], "CONFIG"))
     if not Path(config).is_file():
         raise UserError(f"no recipe at {config}: name a file, such as configs/tutorial.yaml")
-    own, rest = _OwnFlags().parse_known_args(args[1:])
+    parser = FlagParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--stage", default="fit")
+    parser.add_argument("--warm", type=truth, default=False)
+    own, rest = parser.parse_known_args(args[1:])
     if own.runs < 1:
         raise UserError(f"--runs: expected a number from 1, got {own.runs}")
     if own.stage not in STAGES:
@@ -111,7 +104,11 @@ def summary(values: list[float]) -> dict[str, float | int | None]:
 
 
 def table(rows: dict[str, tuple[list[float], int]]) -> str:
-    """Lines for people: for each quantity its values in so many decimals, as mean, standard deviation, n, interval."""
+    """Lines for people: mean, standard deviation, n and interval of each quantity.
+
+    Args:
+        rows: by quantity, its values and how many decimals to print.
+    """
     width = max(map(len, rows))
     lines = [f"{'':<{width}}  {'mean':>12}  {'std':>10}   n  95 % interval of the mean"]
     for name, (values, decimals) in rows.items():
@@ -125,7 +122,7 @@ def table(rows: dict[str, tuple[list[float], int]]) -> str:
 
 
 def device() -> str:
-    """The device that a figure was measured on, in words."""
+    """The device that a figure is measured on, in words."""
     threads = f"{torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
@@ -137,7 +134,11 @@ def device() -> str:
 
 
 def _settings(flags: list[str]) -> Namespace:
-    """The settings of a run of fit, read before the first one starts."""
+    """The settings of a run of fit, read before the first one starts.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
     return CLI(flags, prog="bench", description="", add_arguments=fit.add_arguments, build=False).config
 
 
@@ -208,13 +209,13 @@ def _fit_here(args: list[str], folder: Path) -> dict[str, Any]:
 
 
 def _newest_results(folder: Path) -> dict[str, Any]:
-    newest = max(folder.glob("lightning_logs/version_*/results.json"), key=lambda path: path.stat().st_mtime_ns)
+    newest = max(folder.glob(f"{RUNS}/version_*/{RESULTS}"), key=lambda path: path.stat().st_mtime_ns)
     results: dict[str, Any] = json.loads(newest.read_text())
     return results
 
 
 class _Stopwatch(Callback):
-    """Notes the time after two of the steps; the device has finished its work by then."""
+    """Notes the time after two of the steps, once the device has finished them."""
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
@@ -234,8 +235,10 @@ class _Stopwatch(Callback):
 
 
 def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
-    """The recipe's step with everything on, and under barebones, in turn."""
+    """Measures the recipe's step as configured and under barebones, in turn."""
     limit = _settings(flags).trainer.max_steps
+    if limit in (0, 1):
+        raise UserError(f"--trainer.max_steps {limit}: --stage step needs 2 or more")
     num_steps = limit if limit >= 0 else TIMED_STEPS + UNTIMED_STEPS
     untimed = min(UNTIMED_STEPS, num_steps // 2)
     milliseconds: dict[str, list[float]] = {"as configured": [], "barebones": []}

@@ -1,5 +1,6 @@
-"""What the user can mend: its exceptions, and how a command ends with it. What Lightning complains of is cli's."""
+"""What the user can fix: its exceptions, and how a command ends with it. cli/machine.py adds what Lightning refuses."""
 
+import argparse
 import io
 import os
 import select
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-READER_GONE = 128 + 13  # the exit code of what SIGPIPE ends, such as `yes` in `yes | head`
+READER_GONE = 128 + 13  # the exit code of a program that SIGPIPE ends, such as `yes` in `yes | head`
 
 
 class UserError(ValueError):
@@ -18,12 +19,25 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError):
-    """A training whose loss or weights are no longer finite."""
+    """A training run whose loss or weights are no longer finite."""
 
 
-def run(command: Callable[[list[str]], None]) -> NoReturn:
-    """Runs a command on sys.argv and exits: 0 when done, 2 with one line when the user can mend it, READER_GONE when
-    nobody reads on what it prints. Characters that the output's encoding lacks are written as escapes."""
+class FlagParser(argparse.ArgumentParser):
+    """Argparse with errors as UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def run(command: Callable[[list[str]], None], reader_gone: int = READER_GONE) -> NoReturn:
+    """Runs a command on sys.argv, and exits with 0 when it is done, or with 2 and one line when the user can fix it.
+
+    Characters that the output's encoding lacks are written as escapes.
+
+    Args:
+        command: takes the command line without the program's name.
+        reader_gone: exit code when whatever reads the output has gone, such as `head`.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -34,7 +48,7 @@ def run(command: Callable[[list[str]], None]) -> NoReturn:
         if _has_reader(sys.stdout.fileno()):
             raise  # another pipe broke
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
-        code = READER_GONE
+        code = reader_gone
     sys.exit(code)
 
 

@@ -1,5 +1,5 @@
-"""`python -m lit_cifar.export`: a checkpoint's net as a file for other programs, written once it is seen to agree with
-the net. What the net computes is module's."""
+"""`python -m lit_cifar.export`: writes a checkpoint's net for other programs, once the file agrees with the net.
+model/classifier.py has the net."""
 
 import contextlib
 import copy
@@ -22,26 +22,26 @@ from lit_cifar.cli.parser import NetParser
 from lit_cifar.data.official import DEFAULT_DATA_DIR
 from lit_cifar.data.source import find_source
 from lit_cifar.errors import UserError
-from lit_cifar.files import write_durably
+from lit_cifar.files import write_durably, writing
 from lit_cifar.model.classifier import Classifier, load
 from lit_cifar.run.read import read_checkpoint
 
 LARGEST_DIFFERENCE = 1e-4  # of an exported net's logits
-NUM_COMPARED = 256  # images at a time; no divisor of a test set's size, so that batches of two sizes are tried
-METADATA = "lit_cifar.json"  # the name of what travels in a file of torch.export
+NUM_COMPARED = 256  # images at a time; does not divide a test set's size, so that batches of two sizes are tried
+METADATA = "lit_cifar.json"  # the name of the settings within a file of torch.export
 Predict = Callable[[Tensor], Tensor]  # images (B, 3, 32, 32) uint8 to logits (B, K)
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a net becomes a file's bytes, and how these become a net again.
+    """How a net becomes the bytes of a file, and how these become a net again.
 
     Args:
-        packages: what it needs from the extra `export`.
-        dump: makes the bytes, of a net and the settings that travel along.
-        read: makes the bytes predict; gets the net too, where they are its weights alone.
-        judge: what predicts, for the report.
-        largest_difference: of the logits from the net's.
+        packages: those it needs from the extra `export`.
+        dump: makes the bytes from a net and the settings to store with it.
+        read: makes a function that predicts from the bytes, and from the net where they are its weights alone.
+        judge: the program that predicts, for the report.
+        largest_difference: how far its logits may be from the net's.
     """
 
     packages: tuple[str, ...]
@@ -52,7 +52,7 @@ class Format:
 
 
 def main(args: list[str]) -> None:
-    """Exports, compares, writes; `args` is the command line without the program's name."""
+    """Exports, compares and writes; `args` is the command line without the program's name."""
     options = _parser().read(args)
     output = Path(options.output)
     if output.suffix not in FORMATS:
@@ -80,22 +80,29 @@ def main(args: list[str]) -> None:
                 ".safetensors takes the weights of any net"
             ) from error
         num_same, difference = compare(form.read(data, net), net, images)
-    told = (
+    compared = (
         f"on {len(images):,} test images of {name}: {form.judge} and the net predict the same class for {num_same:,}, "
         f"their logits differ by at most {difference:.1e}"
     )
     if num_same < len(images) or not difference <= form.largest_difference:
-        raise UserError(f"{output} is not written; it was compared {told}")
-    try:
+        raise UserError(f"{output} is not written; it was compared {compared}")
+    with writing(output, "choose another place with --output"):
         write_durably(output, data)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error.strerror}): choose another place") from error
-    print(f"Compared {told}")
+    print(f"Compared {compared}")
     print(f"Exported {output}: images uint8 (batch, 3, 32, 32) to logits (batch, {len(classes)}), {len(data):,} bytes")
 
 
 def compare(predict: Predict, net: Classifier, images: Tensor) -> tuple[int, float]:
-    """How many of the images (N, 3, 32, 32) both give the same class, and the largest difference of their logits."""
+    """How many images `predict` and `net` put into the same class, and the largest difference between their logits.
+
+    Args:
+        predict: the file's program.
+        net: the net it was made of.
+        images: (N, 3, 32, 32) uint8 0..255.
+
+    Returns:
+        The difference is infinite if a logit is not a number.
+    """
     num_same, difference = 0, 0.0
     with torch.inference_mode():
         for batch in images.split(NUM_COMPARED):
@@ -120,10 +127,10 @@ def _parser() -> NetParser:
 
 
 def _test_images(run: dict[str, Any], data_dir: str | None, dataset: str | None) -> tuple[Tensor, str]:
-    """The test images (N, 3, 32, 32) to compare on, and where they are from; nothing is downloaded.
+    """The test images (N, 3, 32, 32) to compare on, and where they come from; nothing is downloaded.
 
     Raises:
-        UserError: there are none where the command line says.
+        UserError: there are none at --data_dir.
     """
     dataset = dataset or ("cifar10" if data_dir and run["dataset"] == "shapes" else run["dataset"])
     folder = data_dir or run["data_dir"] or DEFAULT_DATA_DIR
@@ -140,7 +147,7 @@ def _test_images(run: dict[str, Any], data_dir: str | None, dataset: str | None)
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what exporters say of their own workings."""
+    """Silences what exporters log about their own work."""
     loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -182,7 +189,7 @@ def _dump_onnx(net: Classifier, settings: dict[str, Any]) -> bytes:
 def _read_onnx(data: bytes, net: Classifier) -> Predict:
     import onnxruntime
 
-    onnxruntime.set_default_logger_severity(3)  # it warns of GPUs that it does not find
+    onnxruntime.set_default_logger_severity(3)  # or it warns about GPUs that it does not find
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
@@ -210,7 +217,7 @@ def _read_weights(data: bytes, net: Classifier) -> Predict:
 
     other = copy.deepcopy(net)
     for weight in other.state_dict().values():
-        weight.zero_()  # so that what the file lacks shows
+        weight.zero_()  # so that a weight missing from the file shows
     other.load_state_dict(safetensors.torch.load(data))
     return other
 

@@ -1,5 +1,5 @@
-"""Lines about work under way, by level: what goes on, and warnings. What is said, and when, is its callers'; results
-are always printed, by who has them, and so are errors, by errors."""
+"""Lines about work under way, by level. Results are not printed here but where they are made, and errors in
+errors.py."""
 
 import logging
 import os
@@ -9,36 +9,36 @@ from typing import Literal, get_args
 Level = Literal["debug", "info", "warning", "error"]
 LEVELS: tuple[str, ...] = get_args(Level)
 CHILD_VARIABLE = "LIT_CIFAR_RESUME"  # that fit gives the processes which it starts on its node
-_known: tuple[int, int] | None = None  # this process's rank and that on its node, once a Trainer has said them
+_known: tuple[int, int] | None = None  # this process's rank and its rank on its node, once a Trainer has set them
 
 
 def set_level(level: str) -> None:
-    """Says only what is at least so urgent: 'debug', 'info', 'warning' or 'error'."""
+    """Prints only lines of this level and above: 'debug', 'info', 'warning' or 'error'."""
     logging.getLogger("lit_cifar").setLevel(level.upper())
 
 
 def is_said(level: Level) -> bool:
-    """Whether lines of a level are wanted; where nobody has set one, those of 'info' are."""
+    """Whether lines of a level are printed; from 'info' on if no level was set."""
     return getattr(logging, level.upper()) >= (logging.getLogger("lit_cifar").level or logging.INFO)
 
 
 def set_rank(rank: int, local_rank: int) -> None:
-    """Says which of the processes that train together this one is, and which of those on its node."""
+    """Records this process's number among those that train together, and its number on its node."""
     global _known
     _known = rank, local_rank
 
 
 def rank() -> int:
-    """This process's number among those that train together; 0 where it is alone.
+    """This process's number among those that train together; 0 if it trains alone.
 
-    Before `set_rank` it is what the launcher says, where there is one: the variables alone prove nothing, since a
-    process that trains alone may have inherited them.
+    Before `set_rank` it is the launcher's number, if there is a launcher. Variables such as RANK alone prove nothing:
+    a process that trains alone may have inherited them.
     """
     return _known[0] if _known else _launched("RANK", "SLURM_PROCID")
 
 
 def local_rank() -> int:
-    """This process's number among those of its node."""
+    """This process's number among those on its node."""
     return _known[1] if _known else _launched("LOCAL_RANK", "SLURM_LOCALID")
 
 
@@ -51,19 +51,19 @@ def _launched(of_torchrun: str, of_slurm: str) -> int:
 
 
 def debug(line: str) -> None:
-    """Prints on standard error, at level 'debug' only, what explains how something is done."""
+    """Prints how something is done on standard error, at level 'debug' only."""
     if is_said("debug"):
         print(f"lit_cifar: debug: {_who()}{line}", file=sys.stderr, flush=True)
 
 
 def tell(line: str) -> None:
-    """Says on standard error what goes on; other ranks than the first say who they are."""
+    """Prints what is going on on standard error; ranks other than the first name themselves."""
     if is_said("info"):
         print(f"{_who()}{line}", file=sys.stderr, flush=True)
 
 
 def warn(line: str) -> None:
-    """Says on standard error what someone may have to do something about."""
+    """Prints on standard error what somebody may have to act on."""
     if is_said("warning"):
         print(f"lit_cifar: warning: {_who()}{line}", file=sys.stderr, flush=True)
 

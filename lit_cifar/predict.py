@@ -1,4 +1,4 @@
-"""`python -m lit_cifar.predict`: names what images show. data/images.py decodes them;
+"""`python -m lit_cifar.predict`: classifies images, and prints a line for each. data/images.py decodes them;
 model/classifier.py has the net."""
 
 import csv
@@ -19,15 +19,16 @@ from lit_cifar.cli import machine
 from lit_cifar.cli.parser import NetParser
 from lit_cifar.data.images import IMAGE_SUFFIXES, decode_image, in_order
 from lit_cifar.errors import UserError
+from lit_cifar.files import local_path
 from lit_cifar.model.classifier import Classifier, load
 from lit_cifar.text import printable
 
-SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")  # taken from folders
+SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")  # found in folders
 STDIN = "-"
 
 
 class Pixels(NamedTuple):
-    """An image as nets take it, or why there is none."""
+    """An image as nets take it, or the reason why it cannot be read."""
 
     path: str
     data: bytes  # (3, 32, 32) RGB 0..255
@@ -35,10 +36,10 @@ class Pixels(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What an image shows, or why nobody knows."""
+    """The likeliest classes of an image, or the reason why it cannot be read."""
 
     path: str
-    classes: list[tuple[str, float]]  # the likeliest with their probabilities 0 to 1, best first
+    classes: list[tuple[str, float]]  # with their probabilities 0 to 1, best first
     error: str = ""
 
 
@@ -48,19 +49,22 @@ def main(args: list[str]) -> None:
     for flag in ("top", "batch_size"):
         if getattr(options, flag) < 1:
             raise UserError(f"--{flag} {getattr(options, flag)} must be at least 1")
+    for path in options.paths:
+        local_path(path, "PATH")  # refuses URLs; as a Path, ./a.png would be printed as a.png
+    paths = [os.path.expanduser(path) for path in options.paths]
     device = _device(options.accelerator)
     net, classes = load(options.ckpt_path, options.tta, options.trust)
     net.to(device)
-    warnings.filterwarnings("ignore", module="PIL")  # about oddities of files; what matters stands in the image's line
-    images = [image for path in options.paths for image in _find(path)]
+    warnings.filterwarnings("ignore", module="PIL")  # about oddities of files; the image's line has what matters
+    images = [image for path in paths for image in _find(path)]
     if not images:
-        raise UserError(f"no images in {', '.join(options.paths)}; folders were searched for {', '.join(SUFFIXES)}")
+        raise UserError(f"no images in {', '.join(paths)}; folders were searched for {', '.join(SUFFIXES)}")
     machine.suit_cpu(options.batch_size * sum(parameter.numel() for parameter in net.parameters()))
 
     top = min(options.top, len(classes))
     lines = _json_lines if options.json else functools.partial(_csv_lines, top=top) if options.csv else _text_lines
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be bytes that are not text
 
     def finish(batch: list[Pixels]) -> int:
         sys.stdout.write(lines(_predict(net, classes, batch, top)))
@@ -76,19 +80,19 @@ def main(args: list[str]) -> None:
 
 
 def _parser() -> NetParser:
-    parser = NetParser("python -m lit_cifar.predict", "Prints the likeliest classes of images, one image a line.")
+    parser = NetParser("python -m lit_cifar.predict", "Prints the likeliest classes of images, one image per line.")
     parser.add_argument(
         "paths",
         nargs="+",
         metavar="PATH",
         help="an image of any size and format that Pillow reads, a folder with images at any depth, a quoted pattern "
-        "such as 'photos/**/*.jpg', or - for standard input: an image, or paths one a line",
+        "such as 'photos/**/*.jpg', or - for standard input: an image, or paths, one per line",
     )
-    parser.add_argument("--top", type=int, metavar="N", default=3, help="classes told of each image (default: 3)")
+    parser.add_argument("--top", type=int, metavar="N", default=3, help="classes printed for each image (default: 3)")
     parser.add_argument("--batch_size", type=int, metavar="N", default=256, help="images at a time (default: 256)")
     parser.add_argument("--accelerator", choices=("cpu", "gpu", "auto"), default="auto", help="default: auto")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="an object of JSON a line")
+    form.add_argument("--json", action="store_true", help="one JSON object per line")
     form.add_argument("--csv", action="store_true", help="CSV with a header")
     return parser
 
@@ -104,7 +108,7 @@ def _device(accelerator: str) -> torch.device:
 
 
 def _find(path: str) -> Iterator[tuple[str, bytes | None]]:
-    """The images that a PATH means, each with its bytes where these came with it."""
+    """The images that a PATH means, each with its bytes if they came on standard input."""
     if path != STDIN:
         yield from ((file, None) for file in _files(path))
         return
@@ -133,13 +137,13 @@ def _files(path: str) -> list[str]:
         return _walk(path)
     if os.path.lexists(path) or not glob.has_magic(path):
         return [path]
-    matches = sorted(glob.glob(path, recursive=True)) or [path]  # what matches nothing is told as a missing file
+    matches = sorted(glob.glob(path, recursive=True)) or [path]  # without a match, the line reports a missing file
     files = (file for match in matches for file in (_walk(match) if os.path.isdir(match) else [match]))
     return list(dict.fromkeys(files))  # ** matches a folder and what is in it
 
 
 def _walk(folder: str) -> list[str]:
-    """The images of a folder and those in it, sorted; a folder that cannot be read stands among them, to be told."""
+    """The images in a folder, at any depth, sorted; with the folders that cannot be read, whose lines will say so."""
     found: list[str] = []
 
     def keep(error: OSError) -> None:
@@ -185,7 +189,7 @@ def _decode(key: tuple[str, str], data: bytes) -> Pixels:
 
 
 def _in_background(finish: Callable[[list[Pixels]], int], batches: Iterable[list[Pixels]]) -> int:
-    """The sum of what `finish` gives; while it works on a batch in a thread, the next one is decoded in this one."""
+    """The sum of what `finish` returns; it works in a thread while this one decodes the next batch."""
     total = 0
     with ThreadPoolExecutor(1) as thread:
         running: Future[int] | None = None
@@ -217,7 +221,7 @@ def _predict(net: Classifier, classes: tuple[str, ...], batch: list[Pixels], top
 
 def _text_lines(predictions: list[Prediction]) -> str:
     return "".join(
-        "  ".join((printable(path), *(f"{name} {100 * probability:.1f} %" for name, probability in classes)))
+        "  ".join((printable(path), *(f"{printable(name)} {100 * share:.1f} %" for name, share in classes)))
         + (f"  error: {error}\n" if error else "\n")
         for path, classes, error in predictions
     )
@@ -226,8 +230,8 @@ def _text_lines(predictions: list[Prediction]) -> str:
 def _json_lines(predictions: list[Prediction]) -> str:
     lines = []
     for path, classes, error in predictions:
-        told = [{"class": name, "probability": round(probability, 6)} for name, probability in classes]
-        lines.append(json.dumps({"path": path, "error": error} if error else {"path": path, "predictions": told}))
+        named = [{"class": name, "probability": round(probability, 6)} for name, probability in classes]
+        lines.append(json.dumps({"path": path, "error": error} if error else {"path": path, "predictions": named}))
     return "".join(f"{line}\n" for line in lines)
 
 

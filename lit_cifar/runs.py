@@ -1,32 +1,30 @@
-"""`python -m lit_cifar.runs`: lists runs by what their results.json tells. It imports no torch, so that it starts at
-once; what results mean is decided where they are written."""
+"""`python -m lit_cifar.runs`: lists runs by their results.json, which results/report.py writes. It imports no torch, so
+that it starts at once."""
 
-import argparse
 import json
 import math
-import os
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lit_cifar import errors
-from lit_cifar.errors import UserError
-from lit_cifar.run.folder import RESULTS, RUNS, TRIAL, run_version
+from lit_cifar.errors import FlagParser, UserError
+from lit_cifar.files import local_path
+from lit_cifar.run.folder import RESULTS, RUNS, TRIAL, Run, run_version
 from lit_cifar.text import columns, nearest, printable
 
 HEADINGS = ("version", "recipe", "data set", "accuracy", "seconds", "devices", "when (UTC)", "state")
 NUMBERS = (0, 3, 4, 5)  # columns aligned to the right
 SORT_KEYS = ("version", "recipe", "dataset", "accuracy", "seconds", "devices", "when", "state")
-# what reading JSON of any other shape, or none, leads to
+# raised by what is no JSON, or JSON of another shape
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 BEST_FIRST = ("accuracy", "when")  # largest first; the others ascend
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a run's folder tells; None for what it does not."""
+    """What is known of a run from its folder; None for what is not."""
 
     run: str
     version: int
@@ -52,16 +50,9 @@ class Row:
         )
 
 
-class Parser(argparse.ArgumentParser):
-    """Argparse with errors as UserError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(args: list[str]) -> None:
-    """Lists; `args` is the command line without the program's name."""
-    parser = Parser(prog="python -m lit_cifar.runs", description="Lists runs with their accuracy.", allow_abbrev=False)
+    """Prints the list; `args` is the command line without the program's name."""
+    parser = FlagParser("python -m lit_cifar.runs", description="Lists runs with their accuracy.", allow_abbrev=False)
     parser.add_argument(
         "folder", nargs="?", default=str(RUNS), help=f"where the runs are, or the folder with {RUNS} (default: {RUNS})"
     )
@@ -80,19 +71,15 @@ def main(args: list[str]) -> None:
         raise UserError(
             f"--sort: expected one of {', '.join(SORT_KEYS)}, got {options.sort}{nearest(options.sort, SORT_KEYS)}"
         )
-    rows = sorted_rows([read_run(run) for run in find_runs(Path(options.folder))], options.sort)
+    rows = sorted_rows([read_run(folder) for folder in find_runs(local_path(options.folder, "folder"))], options.sort)
     if options.json:
-        output = json.dumps([asdict(row) for row in rows], indent=2)
+        print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        output = columns([HEADINGS, *(row.cells() for row in rows)], right=NUMBERS)
-    try:
-        print(output, flush=True)
-    except BrokenPipeError:  # `| head` has read enough; Python would complain once more when it flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(columns([HEADINGS, *(row.cells() for row in rows)], right=NUMBERS))
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The runs in a folder, or in its `lightning_logs`, by version.
+    """The folders of the runs in a folder, or in its `lightning_logs`, by version.
 
     Raises:
         UserError: there are none.
@@ -109,13 +96,14 @@ def find_runs(folder: Path) -> list[Path]:
     raise UserError(f"no runs in {folder}: train one with python -m lit_cifar.fit, or name the folder with {RUNS}")
 
 
-def read_run(run: Path) -> Row:
-    """What a run's folder tells; a results.json that is damaged, or somebody else's, is told as the run's state."""
+def read_run(folder: Path) -> Row:
+    """What is known of a run from its folder; its state says so where results.json is damaged or not ours."""
+    run = Run(folder=folder)
+    without_results = Row(str(folder), run_version(folder))
     try:
-        results = json.loads((run / RESULTS).read_bytes())
-        row = Row(
-            run=str(run),
-            version=run_version(run),
+        results = json.loads(run.results.read_bytes())
+        return replace(
+            without_results,
             recipe=_text(results.get("recipe")),
             dataset=_text(results["dataset"]),
             accuracy=_number(results["accuracy"]),
@@ -125,18 +113,17 @@ def read_run(run: Path) -> Row:
             state="done",
         )
     except FileNotFoundError:
-        return Row(str(run), run_version(run), state=_state_without_results(run))
+        return replace(without_results, state=_state_without_results(run))
     except OSError as error:
-        return Row(str(run), run_version(run), state=f"{RESULTS} cannot be read ({error.strerror})")
+        return replace(without_results, state=f"{RESULTS} cannot be read ({error.strerror})")
     except MALFORMED:
-        return Row(str(run), run_version(run), state=f"{RESULTS} is damaged")
-    return row
+        return replace(without_results, state=f"{RESULTS} is damaged")
 
 
-def _state_without_results(run: Path) -> str:
-    has = "has a checkpoint" if (run / "checkpoints" / "last.ckpt").is_file() else "no checkpoint"
+def _state_without_results(run: Run) -> str:
+    has = "has a checkpoint" if run.checkpoint("last").is_file() else "no checkpoint"
     try:
-        trial = json.loads((run / TRIAL).read_bytes())
+        trial = json.loads(run.trial.read_bytes())
         has = f"trial {int(trial['trial'])}, {printable(trial['state'])}, {has}"
     except FileNotFoundError:
         pass
@@ -173,4 +160,4 @@ def _cell(value: str | int | None) -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, reader_gone=0)  # a list cut short, as by `head`, is no failure

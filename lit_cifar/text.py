@@ -1,11 +1,12 @@
-"""Text for people: aligned columns, safe names, the nearest spelling. What is told is its callers'."""
+"""Text for people: aligned columns, printable names, the nearest spelling. No sentences: they stand where they are
+printed."""
 
 import difflib
 from collections.abc import Iterable, Sequence
 
 
 def columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """Lines with the cells of each column below one another; columns numbered in `right` end together."""
+    """Lines with the cells of each column below one another; the columns numbered in `right` are aligned right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = set(right)
     lines = []
@@ -17,7 +18,7 @@ def columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` as it may stand in one line on a terminal: names in files are whatever someone put there."""
+    """`text` as one line that is safe on a terminal: what a file holds may contain control characters."""
     return text if text.isprintable() else repr(text)
 
 

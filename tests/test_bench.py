@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import scipy.stats  # type: ignore[import-untyped]
-from helpers import ROOT, Run
+from helpers import ROOT, Run, error_of
 
 from lit_cifar import bench, fit
 from lit_cifar.errors import UserError
@@ -89,16 +91,33 @@ def test_the_loader_alone_is_measured(capsys: pytest.CaptureFixture[str], monkey
         ([RECIPE, "--runs", "0"], "--runs: expected a number from 1, got 0"),
         ([RECIPE, "--stage", "walk"], "--stage: expected one of fit, step, loader"),
         ([RECIPE, "--warm", "maybe"], "--warm: expected true or false"),
+        (
+            [RECIPE, "--stage", "step", "--trainer.max_steps", "1"],
+            "--stage step needs 2 or more",
+        ),
+        ([RECIPE, "--seed", "abc"], "--seed: expected int, got abc"),
+        ([RECIPE, "--trainer.max_steps", "abc"], "--trainer.max_steps: expected int, got abc"),
+        ([RECIPE, "--batch_size", "0"], "--batch_size: expected a number above 0, got 0"),
+        (["s3://recipes/fast.yaml"], "CONFIG s3://recipes/fast.yaml: s3:// is not supported"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(args: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        bench.main(args)
+def test_what_cannot_be_measured_is_refused_before_a_run_starts(
+    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("a run started"))
+    assert re.search(message, error_of(bench.main, args))
 
 
-def test_a_run_that_fails_tells_its_own_line() -> None:
-    with pytest.raises(UserError, match="--batch_size 0 does not fit"):
-        bench.main([RECIPE, "--batch_size", "0", "--dataset", "shapes"])
+def test_the_line_of_a_run_that_fails_is_passed_on() -> None:
+    with pytest.raises(UserError, match=r"^--data.num_val 10000 takes 1000 of the 1000"):
+        bench.main([RECIPE, "--data.num_val", "10000", "--dataset", "shapes"])
+
+
+def test_runs_count_from_the_seed_in_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("seed_everything: 7\n")
+    bench.main(["mine.yaml", "--runs", "2", "--warm", "True", *QUICK])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["seeds"], result["warm"]) == ([7, 8], True)
 
 
 def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, error_of
 from PIL import Image
 from torch import Tensor, nn
 
@@ -223,8 +223,21 @@ def test_an_output_that_cannot_be_written_is_told(checkpoint: Path) -> None:
     Path("folder.safetensors").mkdir()
     with pytest.raises(UserError, match="is a folder"):
         export(checkpoint, "folder.safetensors")
-    with pytest.raises(UserError, match=r"--output file/net\.safetensors cannot be written \("):
+    with pytest.raises(UserError, match=r"^file/net\.safetensors cannot be written \(.*\): .* with --output$"):
         export(checkpoint, "file/net.safetensors", "--tta", "none")
+
+
+def test_paths_begin_at_home_and_are_not_urls(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
+    Path("net.ckpt").write_bytes(checkpoint.read_bytes())
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    flags = ["--tta=none", "--ckpt_path=~/net.ckpt"]
+    lit_cifar.export.main([*flags, "--output=~/net.safetensors"])
+    assert sorted(path.name for path in Path().iterdir()) == ["net.ckpt", "net.safetensors"]
+    for flag in ("--ckpt_path", "--output", "--data_dir"):
+        args = [*flags, "--output", "new.safetensors", f"{flag}=s3://bucket/net.safetensors"]
+        assert error_of(lit_cifar.export.main, args).startswith(f"{flag} s3://bucket/net.safetensors: ")
+    assert len(list(Path().iterdir())) == 2
 
 
 @pytest.mark.parametrize(("output", "package"), [("net.onnx", "onnxruntime"), ("net.safetensors", "safetensors")])

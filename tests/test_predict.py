@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Run, bomb, followed
+from helpers import Run, bomb, error_of, followed
 from PIL import Image
 
 import lit_cifar.predict
@@ -229,7 +229,7 @@ def test_lines_come_as_batches_are_done_and_may_stop_being_read(checkpoint: Path
         (["a.png", "--top", "0"], "--top 0 must be at least 1"),
         (["a.png", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
         (["a.png", "--topp", "1"], "unknown flag --topp: did you mean --top"),
-        (["a.png", "--trust", "maybe"], "--trust: invalid choice"),
+        (["a.png", "--trust", "maybe"], "--trust: expected true or false, got maybe"),
         (["a.png", "--json", "--csv"], "not allowed with"),
         (["a.png", "--tta", "all"], "invalid choice: 'all'"),
         ([], "required: PATH"),
@@ -240,6 +240,48 @@ def test_what_is_typed_wrong_is_told(checkpoint: Path, args: list[str], message:
     Path("empty").mkdir()
     with pytest.raises(UserError, match=message):
         predict(checkpoint, *args)
+
+
+def test_paths_begin_at_home_in_both_spellings_of_a_flag(
+    checkpoint: Path, drawn: torch.Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Path("home").absolute()
+    Path("drawn").rename(home)
+    (home / "net.ckpt").write_bytes(checkpoint.read_bytes())
+    monkeypatch.setenv("HOME", str(home))
+    for flags in (["--ckpt_path=~/net.ckpt"], ["--ckpt_path", "~/net.ckpt"]):
+        lit_cifar.predict.main([*flags, "~/00.png", "~/more/*.png", "./home/01.png"])
+        paths = [f"{home}/00.png", *(f"{home}/more/{number:02}.png" for number in range(8, 12)), "./home/01.png"]
+        assert names(capsys.readouterr().out) == paths
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/net.ckpt", "https://example.org/net.ckpt", "hf://some/net.ckpt"])
+def test_a_url_ends_in_one_line(checkpoint: Path, url: str) -> None:
+    assert error_of(predict, Path("x"), "a.png", f"--ckpt_path={url}").startswith(f"--ckpt_path {url}: ")
+    assert error_of(predict, checkpoint, "a.png", url).startswith(f"PATH {url}: ")
+    assert list(Path().iterdir()) == []
+
+
+def test_an_argument_of_a_net_that_cannot_be_printed_is_escaped(checkpoint: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    net = {"class_path": "lit_cifar.nets.Net", "init_args": {"\x1b[2J\x1b]0;pwned\x07": 3}}
+    content["lit_cifar"]["config"]["model"]["net"] = net
+    torch.save(content, "hostile.ckpt")
+    message = error_of(predict, Path("hostile.ckpt"), "a.png")
+    assert "the checkpoint's net cannot be made: " in message
+    assert r"\x1b[2J" in message
+
+
+def test_a_class_that_cannot_be_printed_is_escaped(
+    checkpoint: Path, drawn: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["lit_cifar"]["classes"][0] = "\x1b[31mred\n"
+    torch.save(content, "hostile.ckpt")
+    predict(Path("hostile.ckpt"), "drawn/00.png", "--top", "10")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.isprintable()
+    assert r"  '\x1b[31mred\n' " in line
 
 
 def test_more_classes_than_there_are_are_all_of_them(

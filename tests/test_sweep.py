@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers import ROOT, assert_same_run, results, scalars, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -20,6 +21,8 @@ import lit_cifar.fit
 from lit_cifar import runs, sweep
 from lit_cifar.cli.command import CLI
 from lit_cifar.cli.parser import Parser
+from lit_cifar.cli.space import distribution, read_space
+from lit_cifar.cli.study import STUDY
 from lit_cifar.data import shapes
 from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
@@ -59,7 +62,7 @@ def trial_of(run: str) -> dict[str, Any]:
 
 
 def study(file: str = "lightning_logs/sweeps/tutorial-space.db") -> Any:
-    return optuna.load_study(study_name=sweep.STUDY, storage=f"sqlite:///{file}")
+    return optuna.load_study(study_name=STUDY, storage=f"sqlite:///{file}")
 
 
 def test_a_trial_is_the_run_that_fit_makes_of_its_values(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +106,7 @@ def test_the_test_set_is_read_once_when_all_trials_are_done(
     reads.clear()
     search(SPACE, 2, *FLAGS)  # nothing is left to do
     assert reads == [True]
-    assert "2 of 2 trials are there" in capsys.readouterr().out
+    assert "2 of 2 trials are done" in capsys.readouterr().out
     assert len(list(Path("lightning_logs").glob("version_*"))) == 2
 
 
@@ -132,7 +135,7 @@ def test_a_sweep_killed_in_a_trial_goes_on_to_the_same_trials_and_the_same_best(
         finally:
             os.kill(process.pid, signal.SIGKILL)
     search(SPACE, 3, *long)
-    assert "1 of 3 trials are there" in capsys.readouterr().out
+    assert "1 of 3 trials are done" in capsys.readouterr().out
     assert [trial_of(f"version_{i}")["state"] for i in range(4)] == ["complete", "killed", "complete", "complete"]
     states = [trial.state.name for trial in study().trials]
     assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
@@ -184,7 +187,7 @@ def test_trials_that_fail_count_and_the_sweep_goes_on(capsys: pytest.CaptureFixt
 
     # at the ends of their ranges, and so in the check, these two go together
     space = "model.nesterov: {choices: [false, true]}\nmodel.momentum: {choices: [0.0, 0.9]}\n"
-    with pytest.raises(UserError, match=r"all 1 trials failed, the last one so: --model.nesterov true needs"):
+    with pytest.raises(UserError, match=r"all 1 trials failed, the last one with: --model.nesterov true needs"):
         search(space, 1, *FLAGS_OF_3_EPOCHS, "--seed", "3", "--storage", "other.db")
 
 
@@ -208,7 +211,7 @@ def test_a_storage_goes_on_with_what_it_began_with_and_for_one_sweep_at_a_time()
         search(SPACE.replace("0.1", "0.2"), 2, *FLAGS)
     with pytest.raises(UserError, match=r"--model.momentum was 0.9 and is now 0.8; .* --storage FILE"):
         search(SPACE, 2, *FLAGS, "--model.momentum", "0.8")
-    with sweep.FileLock("lightning_logs/sweeps/tutorial-space.lock"), pytest.raises(UserError, match="another sweep"):
+    with FileLock("lightning_logs/sweeps/tutorial-space.lock"), pytest.raises(UserError, match="another sweep"):
         search(SPACE, 2, *FLAGS)
     Path("photo.db").write_bytes(b"not a database" * 1000)
     with pytest.raises(UserError, match=r"photo.db cannot be used \(.*file is not a database\)"):
@@ -249,6 +252,8 @@ def parser() -> Parser:
         ("[model.lr]", ["maps no keys"]),
         ("", ["maps no keys"]),
         ("model.lr: {", ["no valid YAML"]),
+        ("model.lr: 2001-99-99", ["no valid YAML"]),
+        ("[" * 5000, ["no valid YAML"]),
         ("model.lrr: {low: 0, high: 1}", ["unknown key 'model.lrr'", "did you mean model.lr?"]),
         ("leerning: {low: 0, high: 1}", ["unknown key 'leerning'"]),
         ("3: {low: 0, high: 1}", ["unknown key '3'"]),
@@ -263,13 +268,14 @@ def parser() -> Parser:
         ("batch_size: {low: 1, high: 9, step: 9}", ["no second value"]),
         ("batch_size: {low: 1, high: 9, step: 0}", ["no second value"]),
         ("lr: {low: 0, high: .inf}", ["high: expected a number"]),
+        (f"lr: {{low: 0, high: 1{'0' * 400}}}", ["high: expected a number"]),
         ("lr: {low: no, high: 1}", ["low: expected a number, got False"]),
         ("lr: {low: a, high: 1}", ["low: expected a number, got 'a'"]),
         ("batch_size: {choices: []}", ["choices is a list"]),
         ("batch_size: {choices: 4}", ["choices is a list"]),
         ("batch_size: {choices: [4], low: 1}", ["choices is a list", "alone"]),
-        ("batch_size: {choices: [4, 8, 4]}", ["4, 8, 4 stands there twice"]),
-        ("lr: {low: 0, high: 1}\nmodel.lr: {low: 0, high: 1}", ["model.lr stands there twice"]),
+        ("batch_size: {choices: [4, 8, 4]}", ["4, 8, 4 is given twice"]),
+        ("lr: {low: 0, high: 1}\nmodel.lr: {low: 0, high: 1}", ["model.lr is given twice"]),
         ("seed: {low: 0, high: 9, step: 1}", ["seed cannot be searched"]),
         ("data.num_val: {choices: [1, 2]}", ["data.num_val cannot be searched"]),
         ("checkpoint.mode: {choices: [min]}", ["checkpoint.mode cannot be searched"]),
@@ -278,7 +284,7 @@ def parser() -> Parser:
 def test_what_is_wrong_in_a_space_ends_in_one_line(text: str, words: list[str], parser: Parser) -> None:
     Path("space.yaml").write_text(text)
     with pytest.raises(UserError) as error:
-        sweep.read_space(Path("space.yaml"), parser)
+        read_space(Path("space.yaml"), parser)
     for word in ("space.yaml", *words):
         assert word in str(error.value)
 
@@ -288,14 +294,14 @@ def test_a_range_is_one_of_whole_numbers_where_it_has_whole_steps(parser: Parser
         "lr: {low: 1e-3, high: 1}\nmax_epochs: {low: 2, high: 7, step: 2}\n"
         "data.batch_size: {low: 8, high: 64, log: true, step: 1}\nmodel.sides: {choices: [null, [24, 32], on]}"
     )
-    space = sweep.read_space(Path("space.yaml"), parser)
+    space = read_space(Path("space.yaml"), parser)
     assert space == {
         "data.batch_size": {"low": 8, "high": 64, "log": True, "step": 1},
         "model.lr": {"low": 0.001, "high": 1.0, "log": False, "step": None},
         "model.sides": {"choices": ["null", "[24, 32]", "true"]},
         "trainer.max_epochs": {"low": 2, "high": 7, "log": False, "step": 2},
     }
-    distributions = {key: sweep._distribution(entry) for key, entry in space.items()}
+    distributions = {key: distribution(entry) for key, entry in space.items()}
     trial = optuna.create_study().ask(distributions)
     assert trial.params["trainer.max_epochs"] in (2, 4, 6)
     assert isinstance(trial.params["data.batch_size"], int)
@@ -312,10 +318,11 @@ def test_a_range_is_one_of_whole_numbers_where_it_has_whole_steps(parser: Parser
         (SPACE, ["--trials", "0"], ["--trials: expected a number from 1, got 0"]),
         (SPACE, ["--resume", "auto"], ["unknown flag --resume"]),
         (SPACE, ["--study", "missing.yaml"], ["missing.yaml cannot be read"]),
+        (SPACE, ["--storage", "space.yaml/trials.db"], ["space.yaml/trials.db cannot be written", "another --storage"]),
         ("batch_size: {choices: [4, 20000]}", [], ["batch_size 20000"]),
         ("batch_size: {low: 4, high: 8}", [], ["space.yaml: --data.batch_size: expected int, got 4.0", "step: 1"]),
         ("model.net.num_clases: {choices: [10]}", [], ["space.yaml", "num_clases"]),
-        ("model.lr: {low: -1.5, high: 1}", [], ["space.yaml: --model.lr -1.5 is out of range"]),
+        ("model.lr: {low: -1.5, high: 1}", [], ["space.yaml: --model.lr: expected a number at least 0, got -1.5"]),
     ],
 )
 def test_what_cannot_be_searched_ends_in_one_line_and_writes_nothing(

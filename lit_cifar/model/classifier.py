@@ -13,6 +13,7 @@ from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
 from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.trust import check_trusted
+from lit_cifar.text import printable
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "running_loss")  # of a config
 TTA = Literal["none", "mirror", "mirror_shift"]
@@ -200,7 +201,7 @@ def _make_net(settings: dict[str, Any]) -> nn.Module:
     try:
         net: nn.Module = parser.instantiate(parser.parse_object({"net": settings})).net
     except Exception as error:  # classes raise anything on arguments that are not for them
-        raise UserError(f"the checkpoint's net cannot be made: {' '.join(str(error).split())}") from error
+        raise UserError(f"the checkpoint's net cannot be made: {printable(' '.join(str(error).split()))}") from error
     if not isinstance(net, nn.Module):
         raise UserError("the checkpoint names no net")
     return net
