@@ -13,7 +13,7 @@ from jsonargparse._actions import ActionConfigFile
 from jsonargparse._typehints import ActionTypeHint
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_cifar.errors import UserError
+from lit_cifar.errors import FlagParser, UserError
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import TTA
 from lit_cifar.text import nearest
@@ -202,7 +202,7 @@ class ConfigFile(ActionConfigFile):
             raise UserError(f"--config {values} is no text in UTF-8: {error}") from None
 
 
-class NetParser(argparse.ArgumentParser):
+class NetParser(FlagParser):
     """The parser of a command that uses a trained net, with the flags that say which; errors as UserError."""
 
     def __init__(self, prog: str, description: str) -> None:
@@ -223,7 +223,7 @@ class NetParser(argparse.ArgumentParser):
         if found := re.search(r"unrecognized arguments: (-\S+)", message):
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             message = f"unknown flag {found[1]}{nearest(found[1], flags)}; --help lists the flags"
-        raise UserError(message) from None
+        super().error(message)
 
 
 def _bounds(restriction: str) -> str:

@@ -92,7 +92,7 @@ def check_weights(module: nn.Module, net: nn.Module, weights: dict[str, Tensor])
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise UserError(
-                f"the checkpoint does not fit {type(net).__name__}: {name} is {theirs.get(name, 'missing')} "
+                f"the checkpoint does not fit {type(net).__name__}: {printable(name)} is {theirs.get(name, 'missing')} "
                 f"in the file and {ours.get(name, 'missing')} in the net; name the file's net with --model.net"
             )
 
@@ -112,7 +112,7 @@ def check_classes(checkpoint: dict[str, Any], classes: tuple[str, ...]) -> None:
 
 
 def _listed(classes: tuple[str, ...]) -> str:
-    shown = ", ".join(classes[:12])
+    shown = ", ".join(map(printable, classes[:12]))
     return shown if len(classes) <= 12 else f"{shown}, ...: {len(classes)} in all"
 
 
