@@ -173,8 +173,10 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning calls checkpoint callbacks last: what others change at the end is changed by now
-        if self.run is None or not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            return  # other strategies give a rank parts of the weights
+        if self.run is None or not self._saved_weights:
+            return
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            return  # others give a rank parts of the weights
         changed = trainer.is_global_zero and _versions(pl_module) != self._saved_weights
         if trainer.strategy.broadcast(changed and not _holds(self.run.checkpoint("last"), pl_module)):
             self._save(trainer, "final")
