@@ -26,8 +26,6 @@ from lit_cifar.training.progress import Progress  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - _started
 
-RESUME_VARIABLE = log.CHILD_VARIABLE  # processes that fit starts on its node resume what it resumes, or nothing
-
 
 def main(args: list[str]) -> None:
     """Trains, tests and reports; `args` is the command line without the program's name."""
@@ -83,7 +81,7 @@ def train(command: CLI, started: float) -> dict[str, float]:
     command.state = None  # its tensors are as large as the net's
     gc.freeze()  # what is imported stays: searching it for garbage took 0.2 s before an epoch of 12,500 steps
     fit_started = time.perf_counter()
-    with machine.inherited(RESUME_VARIABLE, str(path or "")):
+    with machine.inherited(log.CHILD_VARIABLE, str(path or "")):
         trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
     fit_seconds = time.perf_counter() - fit_started
     progress = next(callback for callback in trainer.callbacks if isinstance(callback, Progress))  # type: ignore[attr-defined]
@@ -133,7 +131,7 @@ def add_arguments(parser: Parser) -> None:
 def _resumed(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     """The state that --resume means, and its config."""
     machine.set_log_level(settings.log_level)
-    resume = os.environ.get(RESUME_VARIABLE, settings.resume)
+    resume = os.environ.get(log.CHILD_VARIABLE, settings.resume)
     path = find_checkpoint(resume, Path(settings["trainer.default_root_dir"] or ".")) if resume else None
     if path is None:
         return None

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 Level = Literal["debug", "info", "warning", "error"]
 LEVELS: tuple[str, ...] = get_args(Level)
-CHILD_VARIABLE = "LIT_CIFAR_RESUME"  # that fit gives the processes which it starts on its node
+CHILD_VARIABLE = "LIT_CIFAR_RESUME"  # what fit has the processes that it starts on its node resume
 _known: tuple[int, int] | None = None  # this process's rank and its rank on its node, once a Trainer has set them
 
 

@@ -88,19 +88,23 @@ def test_a_run_that_did_not_begin_leaves_no_folder(tmp_path: Path) -> None:
     assert run.config.is_file(), "what somebody wrote into stays"
 
 
-class Unreachable(Logger):
-    """A logger whose server is not there."""
+class Nowhere(Logger):
+    """Stands for a logger of another package, which writes to no folder."""
 
-    name, version = "unreachable", 0
+    name, version = "nowhere", 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Does nothing."""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing."""
+
+
+class Unreachable(Nowhere):
+    """A logger whose server is not there."""
 
     def __init__(self) -> None:
         raise ConnectionError("no route to host")
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Never called."""
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Never called."""
 
 
 def test_a_logger_that_cannot_be_made_ends_in_one_line_and_leaves_no_folder() -> None:
@@ -228,18 +232,6 @@ def test_every_run_has_a_folder_of_its_own_whatever_logger_is_chosen(logger: lis
     assert after == before
     if CSV in logger:
         assert len(list((RUNS / "version_1").rglob("metrics.csv"))) == 2, "the first part's figures are kept"
-
-
-class Nowhere(Logger):
-    """Stands for a logger of another package, which writes to no folder."""
-
-    name, version = "nowhere", 0
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Does nothing."""
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing."""
 
 
 def test_a_place_that_was_chosen_for_a_logger_is_its_own() -> None:

@@ -1,6 +1,5 @@
 """A sweep's trials are runs of fit, its test set is read once at the end, and killing it changes nothing."""
 
-import functools
 import json
 import os
 import signal
@@ -38,8 +37,8 @@ FLAGS_OF_3_EPOCHS = [*FLAGS, "--max_epochs", "3", "--batch_size", "100"]
 
 @pytest.fixture(autouse=True)
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Which images were read, True for training; drawn once for all tests here."""
-    calls: list[bool] = []
+    """Which images were read, True for training."""
+    drawn, calls = shapes.draw_shapes, []
 
     def draw(train: bool) -> Split:
         calls.append(train)
@@ -47,9 +46,6 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(shapes, "draw_shapes", draw)
     return calls
-
-
-drawn = functools.cache(shapes.draw_shapes)
 
 
 def search(space: str, num_trials: int, *flags: str) -> None:

@@ -144,21 +144,19 @@ class CLI(LightningCLI):
             raise UserError("the settings are nested too deeply: give them without so many brackets") from None
         except (AttributeError, ValueError) as error:  # of jsonargparse: a config within a config, a null byte
             raise UserError(f"the settings cannot be read ({error}); --print_config shows how they look") from error
-        parser.expand_paths(self.config)
         self.options: dict[str, Any] = {key: self.config.pop(key, None) for key in parser.of_command}
 
     def _read(self, parser: Parser, args: list[str]) -> Namespace:
         silent = [arg for arg in args if not arg.startswith("--print_config")]  # it ends the command when it is read
         problem: UserError | None = None
         try:
-            settings = parser.parse_args(silent)
+            settings = parser.read(silent)
         except UserError as error:  # perhaps about a setting of the net that a checkpoint names
             problem = error
             try:
                 settings = parser.settings_without_classes(silent)
             except UserError:
                 raise error from None
-        parser.expand_paths(settings)
         started = self._start(settings)
         if started is not None:
             self.state, self._base = started
@@ -167,7 +165,7 @@ class CLI(LightningCLI):
             raise problem
         elif silent == args:
             return settings
-        return parser.parse_args(args)
+        return parser.read(args)
 
     # ---- what is made of them ----
 
@@ -191,7 +189,7 @@ class CLI(LightningCLI):
         self.plain_config: dict[str, Any] = yaml.safe_load(self.config_text)
         config, self.config = self.config, self.config.clone()
         self._loggers = self.config["trainer"].pop("logger")
-        LightningCLI.instantiate_classes(self)
+        super().instantiate_classes()
         self.config = config
         self.datamodule.adopt_prepared(data)
         self.datamodule.trainer = self.trainer
@@ -335,7 +333,7 @@ def set_up(args: list[str], **settings: Any) -> CLI:
 
 
 def _recipe(configs: Sequence[Any] | None) -> str:
-    """What people call a training: the names of its --config files; None stands for a config typed in full."""
+    """What people call a training run: the names of its --config files; None stands for a config typed in full."""
     return "+".join(Path(str(path)).stem if path else "typed" for path in configs or ()) or "tutorial"
 
 

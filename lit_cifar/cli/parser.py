@@ -155,17 +155,18 @@ class Parser(LightningArgumentParser):
         try:
             for action in actions:
                 action._typehint = Any
-            return self.parse_args(args)
+            return self.read(args)
         finally:
             for action, typehint in zip(actions, kept, strict=True):
                 action._typehint = typehint
 
-    def expand_paths(self, config: Namespace) -> None:
-        """Expands ~ wherever a setting begins with it, in flags and YAML alike.
+    def read(self, args: list[str]) -> Namespace:
+        """The settings, with ~ expanded wherever one begins with it, in flags and YAML alike.
 
         Raises:
-            UserError: a path of ours is a URL.
+            UserError: they are wrong, or a path of ours is a URL.
         """
+        config: Namespace = self.parse_args(args)
         for key, value in list(config.items()):
             name = key.rsplit(".", 1)[-1]
             if name in PATHS and isinstance(value, str):
@@ -173,6 +174,7 @@ class Parser(LightningArgumentParser):
                 config[key] = str(local_path(value, f"--{name if option else key}"))
             else:
                 config[key] = _expanded(value)
+        return config
 
     def start_from(self, config: dict[str, Any]) -> None:
         """Makes a checkpoint's config the defaults.
