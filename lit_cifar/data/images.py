@@ -30,7 +30,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 # some KB can take minutes (QOI).
 ANY_FORMAT = (
     *IMAGE_FORMATS,
-    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG2000", "MPO", "PCX", "PPM", "PSD", "SGI", "TGA", "TIFF",
+    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG2000", "PCX", "PPM", "PSD", "SGI", "TGA", "TIFF",
 )  # fmt: skip
 IMAGE_BYTES = 3 * 32 * 32
 MAX_PIXELS = 2**26  # of one image: decoding 100 million with transparency takes 0.9 GB in each thread

@@ -107,10 +107,10 @@ def _samples_of_tiff(image: Any) -> Samples:
     if bits == 12:
         return Samples(bits, 4095)
     # A limit of some bits is a range; anything else is what this image happens to reach.
-    most = numbers(0, 341, 281)
+    most, least = numbers(0, 341, 281), numbers(0, 340, 280)
     white = int(max(most)) if max(most) < 2**32 else 0
-    is_range = most == {white} and white & (white + 1) == 0 and numbers(0, 340, 280) == {0}
-    return Samples(bits, white if is_range and white else None, signed)
+    is_range = most == {white} and white & (white + 1) == 0 and least == {0}
+    return Samples(bits, white if is_range and white else None, signed or min(least) < 0)
 
 
 def _narrowed(image: "Image.Image", samples: Samples) -> "Image.Image":
@@ -147,11 +147,11 @@ def _check_upper_bytes(image: "Image.Image", samples: Samples) -> None:
     if "transparency" in image.info:
         raise UserError(f"has a transparent colour of {samples.bits} bits; save it with an alpha channel or 8 bits")
     if samples.white not in (None, 65535):
-        raise UserError(f"has colours up to {samples.white} in {samples.bits} bits; {RESCALE}")
+        raise UserError(f"has {samples.bits}-bit colours of which {samples.white} is white; {RESCALE}")
     extrema: Any = image.getextrema()
     highest = max(high for _, high in (extrema[:3] if isinstance(extrema[0], tuple) else [extrema]))
-    if samples.white is None and highest < 64:
-        raise UserError(_too_dark(f"{highest * 256 + 255} of 65535 or less", samples.bits))
+    if samples.white is None and highest <= 64:  # to which Pillow rounds 16383 in a PPM
+        raise UserError(_too_dark(f"{highest * 256 + 255} of 65535 at most", samples.bits))
 
 
 def _too_dark(reached: str, bits: int) -> str:
