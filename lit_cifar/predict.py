@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -132,9 +133,28 @@ def _files(path: str) -> list[str]:
         return _walk(path)
     if os.path.lexists(path) or not glob.has_magic(path):
         return [path]
-    matches = sorted(glob.glob(path, recursive=True)) or [path]  # without a match, the line reports a missing file
+    matches = sorted(_matches(path)) or [path]  # without a match, the line reports a missing file
     files = (file for match in matches for file in (_walk(match) if os.path.isdir(match) else [match]))
     return list(dict.fromkeys(files))  # ** matches a folder and what is in it
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a pattern names; ** leads into folders and, unlike glob's, not into links, which may lead back and forth."""
+    found = re.search(rf"(?:^|(?<=[/{re.escape(os.sep)}]))\*\*(?:[/{re.escape(os.sep)}]+|$)", pattern)
+    if not found:
+        return glob.glob(pattern)
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    matches = []
+    for folder in glob.glob(head) if head else ["."]:
+        for here, folders, files in os.walk(folder):
+            folders[:] = [name for name in folders if name[0] != "."]
+            if not head:
+                here = here.removeprefix(".").removeprefix(os.sep)
+            if tail:
+                matches += _matches(os.path.join(glob.escape(here), tail))
+            else:
+                matches += [os.path.join(here, name) for name in files if name[0] != "."]
+    return matches
 
 
 def _walk(folder: str) -> list[str]:
