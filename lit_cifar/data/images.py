@@ -33,7 +33,7 @@ ANY_FORMAT = (
     "AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG2000", "PCX", "PPM", "PSD", "SGI", "TGA", "TIFF",
 )  # fmt: skip
 IMAGE_BYTES = 3 * 32 * 32
-MAX_PIXELS = 2**26  # of one image: decoding 100 million with transparency takes 0.9 GB in each thread
+MAX_PIXELS = 2**26  # of one image: decoding so many with transparency takes 0.55 GB in each thread
 MAX_SCANNED = 100 * MAX_PIXELS  # pixels times scans of a progressive JPEG: 95 bytes are a scan, and take 40 ms at most
 MAX_LISTED = 2**20  # numbers in a list of a TIFF; Pillow makes objects of some 250 bytes for each
 TIFF_STARTS = (b"II*\0", b"II\0*", b"II+\0", b"MM\0*", b"MM*\0", b"MM\0+")  # that Pillow takes for a TIFF
