@@ -6,7 +6,9 @@ import functools
 import glob
 import io
 import json
+import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +19,8 @@ import torch
 
 from lit_cifar.cli import machine
 from lit_cifar.cli.parser import NetParser
-from lit_cifar.data.images import IMAGE_SUFFIXES, decode_image, in_order
+from lit_cifar.data.images import IMAGE_SUFFIXES, decode_image, in_order, is_image, read_image
+from lit_cifar.data.members import MAX_MEMBER_BYTES
 from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import Classifier, load
@@ -25,6 +28,7 @@ from lit_cifar.text import printable
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")  # found in folders
 STDIN = "-"
+NOT_FINITE = "the net's logits for it are not finite"
 
 
 class Pixels(NamedTuple):
@@ -36,7 +40,7 @@ class Pixels(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The likeliest classes of an image, or the reason why it cannot be read."""
+    """The likeliest classes of an image, or the reason why there are none."""
 
     path: str
     classes: list[tuple[str, float]]  # with their probabilities 0 to 1, best first
@@ -66,17 +70,21 @@ def main(args: list[str]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be bytes that are not text
 
-    def finish(batch: list[Pixels]) -> int:
-        sys.stdout.write(lines(_predict(net, classes, batch, top)))
+    errors: list[str] = []
+
+    def finish(batch: list[Pixels]) -> None:
+        predictions = _predict(net, classes, batch, top)
+        sys.stdout.write(lines(predictions))
         sys.stdout.flush()
-        return sum(bool(image.error) for image in batch)
+        errors.extend(prediction.error for prediction in predictions if prediction.error)
 
     if options.csv:
         columns = [f"{column}_{place}" for place in range(1, top + 1) for column in ("class", "probability")]
         print("path", *columns, "error", sep=",")
-    num_broken = _in_background(finish, _batches(images, options.batch_size))
-    if num_broken:
-        raise UserError(f"{num_broken} of {len(images)} images could not be read")
+    _in_background(finish, _batches(images, options.batch_size))
+    if errors:
+        done = "classified" if NOT_FINITE in errors else "read"
+        raise UserError(f"{len(errors)} of {len(images)} images could not be {done}")
 
 
 def _parser() -> NetParser:
@@ -85,8 +93,8 @@ def _parser() -> NetParser:
         "paths",
         nargs="+",
         metavar="PATH",
-        help="an image of any size and format that Pillow reads, a folder with images at any depth, a quoted pattern "
-        "such as 'photos/**/*.jpg', or - for standard input: an image, or paths, one per line",
+        help="an image of any size, a folder with images at any depth, a quoted pattern such as 'photos/**/*.jpg', a "
+        "pipe such as <(curl URL), or - for standard input: an image, or paths, one per line",
     )
     parser.add_argument("--top", type=int, metavar="N", default=3, help="classes printed for each image (default: 3)")
     parser.add_argument("--batch_size", type=int, metavar="N", default=256, help="images at a time (default: 256)")
@@ -112,24 +120,12 @@ def _find(path: str) -> Iterator[tuple[str, bytes | None]]:
     if path != STDIN:
         yield from ((file, None) for file in _files(path))
         return
-    data = sys.stdin.buffer.read()
-    if _is_image(data) or b"\0" in data:
+    data = sys.stdin.buffer.read(MAX_MEMBER_BYTES + 1)  # one more than decode_image takes: it may be endless
+    if len(data) > MAX_MEMBER_BYTES or b"\0" in data or is_image(data):
         yield STDIN, data
     else:
         lines = (line.removesuffix("\r") for line in os.fsdecode(data).split("\n"))
         yield from ((file, None) for line in lines if line for file in _files(line))
-
-
-def _is_image(data: bytes) -> bool:
-    from PIL import Image
-
-    try:
-        Image.open(io.BytesIO(data)).close()
-    except Image.DecompressionBombError:
-        return True
-    except Exception:  # as decode_image says, PIL raises anything
-        return False
-    return True
 
 
 def _files(path: str) -> list[str]:
@@ -137,9 +133,28 @@ def _files(path: str) -> list[str]:
         return _walk(path)
     if os.path.lexists(path) or not glob.has_magic(path):
         return [path]
-    matches = sorted(glob.glob(path, recursive=True)) or [path]  # without a match, the line reports a missing file
+    matches = sorted(_matches(path)) or [path]  # without a match, the line reports a missing file
     files = (file for match in matches for file in (_walk(match) if os.path.isdir(match) else [match]))
     return list(dict.fromkeys(files))  # ** matches a folder and what is in it
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a pattern names; ** leads into folders and, unlike glob's, not into links, which may lead back and forth."""
+    found = re.search(rf"(?:^|(?<=[/{re.escape(os.sep)}]))\*\*(?:[/{re.escape(os.sep)}]+|$)", pattern)
+    if not found:
+        return glob.glob(pattern)
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    matches = []
+    for folder in glob.glob(head) if head else ["."]:
+        for here, folders, files in os.walk(folder):
+            folders[:] = [name for name in folders if name[0] != "."]
+            if not head:
+                here = here.removeprefix(".").removeprefix(os.sep)
+            if tail:
+                matches += _matches(os.path.join(glob.escape(here), tail))
+            else:
+                matches += [os.path.join(here, name) for name in files if name[0] != "."]
+    return matches
 
 
 def _walk(folder: str) -> list[str]:
@@ -171,10 +186,11 @@ def _read(images: Iterable[tuple[str, bytes | None]]) -> Iterator[tuple[tuple[st
         error = ""
         if data is None:
             try:
-                with open(path, "rb", buffering=0) as file:
-                    data = file.readall()
-            except OSError as failed:
-                data, error = b"", failed.strerror or type(failed).__name__
+                data = read_image(path, may_be_pipe=True)
+            except UserError as failed:
+                data, error = b"", str(failed)
+            except (OSError, ValueError) as failed:  # ValueError: a zero byte in a path
+                data, error = b"", getattr(failed, "strerror", None) or str(failed)
         yield (path, error), data
 
 
@@ -188,17 +204,17 @@ def _decode(key: tuple[str, str], data: bytes) -> Pixels:
         return Pixels(path, b"", str(broken))
 
 
-def _in_background(finish: Callable[[list[Pixels]], int], batches: Iterable[list[Pixels]]) -> int:
-    """The sum of what `finish` returns; it works in a thread while this one decodes the next batch."""
-    total = 0
+def _in_background(finish: Callable[[list[Pixels]], None], batches: Iterable[list[Pixels]]) -> None:
+    """Calls `finish` with each batch in a thread, while this one decodes the next."""
     with ThreadPoolExecutor(1) as thread:
-        running: Future[int] | None = None
+        running: Future[None] | None = None
         for batch in batches:
             following = thread.submit(finish, batch)
-            total += running.result() if running else 0
+            if running:
+                running.result()
             running = following
-        total += running.result() if running else 0
-    return total
+        if running:
+            running.result()
 
 
 @torch.inference_mode()
@@ -207,7 +223,7 @@ def _predict(net: Classifier, classes: tuple[str, ...], batch: list[Pixels], top
     rows: Iterator[tuple[list[float], list[int]]] = iter(())
     if whole:
         images = torch.frombuffer(whole, dtype=torch.uint8).view(-1, 3, 32, 32)
-        likeliest = net(images.to(net.mean.device)).float().softmax(1).topk(top)
+        likeliest = net(images.to(net.mean.device)).float().softmax(1).topk(top)  # NaN comes first
         rows = zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
     predictions = []
     for path, _, error in batch:
@@ -215,6 +231,8 @@ def _predict(net: Classifier, classes: tuple[str, ...], batch: list[Pixels], top
         if not error:
             probabilities, indices = next(rows)
             named = [(classes[index], probability) for index, probability in zip(indices, probabilities, strict=True)]
+            if math.isnan(probabilities[0]):
+                named, error = [], NOT_FINITE
         predictions.append(Prediction(path, named, error))
     return predictions
 

@@ -1,10 +1,12 @@
 """predict: every image gets its line, in order, with what the net says of the pixels that training would read."""
 
 import csv
+import errno
 import io
 import json
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,8 @@ from PIL import Image
 
 import lit_cifar.predict
 from lit_cifar import load
+from lit_cifar.data import images as images_module
+from lit_cifar.data.members import MAX_MEMBER_BYTES
 from lit_cifar.data.shapes import draw_shapes
 from lit_cifar.data.tree import Tree
 from lit_cifar.errors import UserError
@@ -148,6 +152,22 @@ def test_paths_are_files_folders_and_patterns(
     assert names(capsys.readouterr().out) == expected
 
 
+def test_a_pattern_does_not_follow_links_in_circles(
+    checkpoint: Path, drawn: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        Path("drawn/more", name).symlink_to(".")  # glob's own ** takes 2 to the power of 40 ways
+    Path("drawn/more/.hidden").mkdir()
+    Path("drawn/more/.hidden/x8.png").write_text("no image")
+    for pattern in ("**/*8.png", "drawn/**/*8.png", "./drawn/**/**/*8.png", "draw?/**/more/*8.png"):
+        predict(checkpoint, pattern)
+        found = ["drawn/more/08.png"]
+        assert [name.removeprefix("./") for name in names(capsys.readouterr().out)] == found, pattern
+    for pattern in ("drawn/**", "draw?/**/*.png"):
+        predict(checkpoint, pattern)
+        assert len(names(capsys.readouterr().out)) == NUM_DRAWN, pattern
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -220,6 +240,94 @@ def test_lines_come_as_batches_are_done_and_may_stop_being_read(checkpoint: Path
         Path("later.png").write_bytes(Path("drawn/02.png").read_bytes())
         assert process.stderr.read() == ""
         assert process.wait(60) == 141
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_what_is_no_file_or_never_ends_has_its_line_and_the_rest_goes_on(
+    checkpoint: Path, drawn: torch.Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(images_module, "SILENT_SECONDS", 0.2)
+    os.mkfifo("nobody.png")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("socket.png")
+    with open("sparse.png", "wb") as file:
+        file.truncate(2**40)
+    reading, writing = os.pipe()  # as the shell makes for <(cat drawn/01.png)
+    os.write(writing, Path("drawn/01.png").read_bytes())
+    os.close(writing)
+    paths = ["nobody.png", "socket.png", "/dev/zero", "sparse.png", "drawn/00.png", f"/dev/fd/{reading}"]
+    message = error_of(predict, checkpoint, *paths, "--json", "--top", "1")
+    os.close(reading)
+    listener.close()
+    lines = objects(capsys.readouterr().out)
+    assert message == "4 of 6 images could not be read"
+    assert [line["path"] for line in lines] == paths
+    assert [line.get("error", "").partition(";")[0] for line in lines] == [
+        "is a pipe that gave nothing for 0.2 s",
+        os.strerror(errno.ENXIO if sys.platform == "linux" else errno.EOPNOTSUPP),
+        "is a pipe or a device, not a file",
+        f"has more than the {MAX_MEMBER_BYTES} bytes that an image may have",
+        "",
+        "",
+    ]
+
+
+def test_endless_standard_input_is_one_image_that_is_too_large(
+    checkpoint: Path, drawn: torch.Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Endless(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            return len(buffer)
+
+    for name in ("predict", "data.images"):
+        monkeypatch.setattr(f"lit_cifar.{name}.MAX_MEMBER_BYTES", 2**20)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Endless())))
+    assert error_of(predict, checkpoint, "-", "drawn/00.png") == "1 of 2 images could not be read"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("-  error: has more than the ")
+    assert second.startswith("drawn/00.png  ")
+
+
+@pytest.mark.parametrize("form", ["--json", "--csv", "--tta=none"])
+def test_logits_that_are_not_finite_are_told_and_never_printed(
+    checkpoint: Path,
+    drawn: torch.Tensor,
+    form: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    net, classes = load(checkpoint)
+
+    class Odd(torch.nn.Module):
+        mean = net.mean
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = net(images)
+            logits[0, 3] = float("nan")
+            logits[1] = float("inf")
+            return logits
+
+    monkeypatch.setattr(lit_cifar.predict, "load", lambda *_: (Odd(), classes))
+    paths = [f"drawn/{number:02}.png" for number in range(3)]
+    assert error_of(predict, checkpoint, *paths, form) == "2 of 3 images could not be classified"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("{", "drawn"))]
+    assert ["not finite" in line for line in lines] == [True, True, False]
+    assert not any("NaN" in line or "nan" in line or "inf " in line for line in lines)
+
+
+def test_one_class_is_certain(checkpoint: Path, drawn: torch.Tensor, capsys: pytest.CaptureFixture[str]) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    last = max(name for name in content["state_dict"] if name.endswith("fc3.weight"))
+    for name in (last, last.replace("weight", "bias")):
+        content["state_dict"][name] = content["state_dict"][name][:1].clone()
+    content["lit_cifar"]["classes"] = ["all"]
+    content["lit_cifar"]["config"]["model"]["net"]["init_args"] = {"num_classes": 1}
+    torch.save(content, "one.ckpt")
+    predict(Path("one.ckpt"), "drawn/00.png", "--top", "5")
+    assert capsys.readouterr().out == "drawn/00.png  all 100.0 %\n"
 
 
 @pytest.mark.parametrize(

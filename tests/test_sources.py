@@ -263,11 +263,11 @@ def test_other_sizes_are_resized_and_that_is_said_once(tree: Path, capsys: pytes
 def test_every_mode_becomes_rgb(tree: Path) -> None:
     grey = pixels("grey")[..., 0]
     palette = Image.fromarray(pixels("palette")).quantize(16)
-    rgba = np.dstack([pixels("rgba"), grey])
+    rgba = np.dstack([pixels("rgba"), np.full_like(grey, 255)])  # test_pixels.py has what is transparent
     made = {
         "grey.png": (encode(Image.fromarray(grey)), np.dstack([grey] * 3)),
         "grey16.png": (encode(Image.fromarray(grey.astype(np.uint16) * 256 + 77)), np.dstack([grey] * 3)),
-        "palette.png": (encode(palette, transparency=bytes(range(16))), np.asarray(palette.convert("RGB"))),
+        "palette.png": (encode(palette), np.asarray(palette.convert("RGB"))),
         "rgba.png": (encode(Image.fromarray(rgba)), rgba[..., :3]),
         "z.webp": (encode(Image.fromarray(pixels("webp")), "WEBP", lossless=True), pixels("webp")),
     }

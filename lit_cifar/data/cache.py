@@ -23,7 +23,7 @@ from lit_cifar.files import local_path
 
 T = TypeVar("T")
 
-CACHE_FORMAT = 1  # raise it whenever the same files would give other pixels or another layout
+CACHE_FORMAT = 2  # raise it whenever the same files would give other pixels or another layout
 SPLITS = ("train", "test")
 
 

@@ -14,7 +14,7 @@ from typing import IO, NamedTuple, TypeVar
 
 from lit_cifar import log
 from lit_cifar.data.cache import SPLITS, Decoded, cached, fingerprint, read_header, read_split
-from lit_cifar.data.images import IMAGE_FORMATS, IMAGE_SUFFIXES, decode_image, in_order
+from lit_cifar.data.images import IMAGE_FORMATS, IMAGE_SUFFIXES, decode_image, in_order, read_image
 from lit_cifar.data.members import read_members
 from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
@@ -123,7 +123,9 @@ def _list_tree(path: Path) -> Contents:
         _check_classes(path, keys)  # complain before the decoding, not after
         for key in keys:
             try:
-                yield key, path.joinpath(*key).read_bytes() if key.name else None
+                yield key, read_image(str(path.joinpath(*key))) if key.name else None
+            except UserError as error:
+                raise UserError(f"{path}: {key} {error}") from error
             except OSError as error:
                 raise UserError(f"cannot read {path}: {key} ({error.strerror})") from error
 

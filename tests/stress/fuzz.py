@@ -11,10 +11,8 @@ import contextlib
 import faulthandler
 import io
 import os
-import random
 import signal
 import sys
-import tarfile
 import tempfile
 import time
 import traceback
@@ -30,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from odd_files import archives, encoded, icon, images, linked, members, netpbm, png, saved, tiff
 from PIL import Image
 
 import lit_cifar.fit
@@ -41,9 +40,11 @@ from lit_cifar.errors import UserError
 from lit_cifar.model.classifier import load
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.nets import Net
+from lit_cifar.results.report import peak_memory
 from lit_cifar.run.read import read_checkpoint
 
 SECONDS = 60  # that a case may take
+MAX_PEAK_BYTES = 2**30 + 2**29  # that a case may add to the most this process ever held
 NAMES = ("data", "model", "trainer", "checkpoint", "running_loss", "seed_everything", "config")
 KEYS = (
     "data_dir", "dataset", "batch_size", "eval_batch_size", "num_val", "augment", "transform", "num_workers", "mirrors",
@@ -108,48 +109,6 @@ def changed(data: bytes, changes: list[tuple[float, str, bytes]]) -> bytes:
     return bytes(result)
 
 
-def images() -> dict[str, bytes]:
-    picture = Image.frombytes("RGB", (40, 33), random.Random(0).randbytes(40 * 33 * 3))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    found = {}
-    for kind, options in (
-        ("JPEG", {"exif": exif}), ("PNG", {"exif": exif}), ("WEBP", {}), ("GIF", {}),
-        ("TIFF", {"compression": "tiff_lzw"}),
-        ("BMP", {}), ("PPM", {}), ("TGA", {}), ("ICO", {}), ("PCX", {}), ("JPEG2000", {}), ("SGI", {}), ("DDS", {}),
-    ):  # fmt: skip
-        stream = io.BytesIO()
-        with contextlib.suppress(OSError, KeyError):  # a Pillow without this one
-            picture.save(stream, kind, **options)
-            found[kind] = stream.getvalue()
-    stream = io.BytesIO()
-    picture.quantize(16).save(stream, "PNG", interlace=1)
-    found["palette"] = stream.getvalue()
-    return found
-
-
-def archives(image: bytes) -> dict[str, bytes]:
-    files = {f"{split}/{name}/{i}.png": image for split in ("train", "test") for name in "ab" for i in range(2)}
-    found = {}
-    for suffix in (".tar", ".tar.gz", ".tar.xz"):
-        for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-            stream = io.BytesIO()
-            mode = {".tar": "w", ".tar.gz": "w:gz", ".tar.xz": "w:xz"}[suffix]
-            with tarfile.open(fileobj=stream, mode=mode, format=form) as tar:
-                for name, data in files.items():
-                    member = tarfile.TarInfo(f"{'long' * 40}/{name}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-            found[f"{form}{suffix}"] = stream.getvalue()
-    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
-        stream = io.BytesIO()
-        with zipfile.ZipFile(stream, "w", compression) as archive:
-            for name, data in files.items():
-                archive.writestr(name, data)
-        found[f"{compression}.zip"] = stream.getvalue()
-    return found
-
-
 def checkpoint() -> bytes:
     config = {"model": {"net": {"class_path": "lit_cifar.nets.Net"}, "tta": "none"}, "data": {"dataset": "shapes"}}
     ours = {"classes": [f"class_{i}" for i in range(10)], "config": config, "recipe": "tutorial"}
@@ -198,6 +157,10 @@ def judged(done: list[float]) -> Any:
 def targets(done: list[float]) -> dict[str, tuple[int, Callable[..., None]]]:
     """By name: the share of all cases in hundredths, and a test that hypothesis can run."""
     pictures, packed, good = images(), archives(images()["PNG"]), checkpoint()
+    black = encoded(Image.new("RGB", (32, 32)))
+    for outside in ("secret.png", "train/a/0.png"):  # where a link could lead
+        Path(outside).parent.mkdir(parents=True, exist_ok=True)
+        Path(outside).write_bytes(encoded(Image.new("RGB", (32, 32), "white")))
     with zipfile.ZipFile(io.BytesIO(good)) as archive:
         pickle_name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
         pickled = archive.read(pickle_name)
@@ -231,6 +194,21 @@ def targets(done: list[float]) -> dict[str, tuple[int, Callable[..., None]]]:
             pixels, _ = decode_image(changed(pictures[kind], changes), None if any_format else IMAGE_FORMATS)
             assert len(pixels) == IMAGE_BYTES
 
+    @given(png() | tiff() | netpbm() | icon() | saved(), st.none() | changes, st.booleans())
+    def odd_images(data: bytes, changes: list[Any] | None, any_format: bool) -> None:
+        before = peak_memory()["resident"]
+        with judged(done):
+            pixels, _ = decode_image(changed(data, changes or []), None if any_format else IMAGE_FORMATS)
+            assert len(pixels) == IMAGE_BYTES
+        assert peak_memory()["resident"] - before < MAX_PEAK_BYTES
+
+    @given(members, st.booleans(), st.none() | changes)
+    def linked_archives(extra: list[Any], is_zip: bool, changes: list[Any] | None) -> None:
+        path = Path("linked.zip" if is_zip else "linked.tar")
+        path.write_bytes(changed(linked(black, extra, is_zip), changes or []))
+        with judged(done), warnings.catch_warnings():
+            assert not Tree(path).read(True).images.any(), "an image from outside of the archive"
+
     @given(st.sampled_from(sorted(packed)), changes)
     def archive_bytes(kind: str, changes: list[Any]) -> None:
         path = Path(f"fuzz{kind}")
@@ -252,8 +230,8 @@ def targets(done: list[float]) -> dict[str, tuple[int, Callable[..., None]]]:
             load("fuzz.ckpt")
 
     shares = {
-        "configs": 12, "config_bytes": 5, "fit_flags": 13, "predict_flags": 10, "image_bytes": 25, "archive_bytes": 15,
-        "checkpoint_bytes": 10, "checkpoint_pickles": 10,
+        "configs": 10, "config_bytes": 4, "fit_flags": 10, "predict_flags": 8, "image_bytes": 17, "odd_images": 20,
+        "archive_bytes": 8, "linked_archives": 10, "checkpoint_bytes": 6, "checkpoint_pickles": 7,
     }  # fmt: skip
     made = locals()
     return {name: (share, made[name]) for name, share in shares.items()}
@@ -261,7 +239,7 @@ def targets(done: list[float]) -> dict[str, tuple[int, Callable[..., None]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--cases", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one of the targets")
     options = parser.parse_args()
