@@ -15,7 +15,7 @@ from lit_cifar.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_BYTES = 3 * 32 * 32
 MAX_PIXELS = 2**26  # of one image: decoding 100 million with transparency takes 0.9 GB in each thread
