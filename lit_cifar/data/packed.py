@@ -95,9 +95,10 @@ def _linked_images(
     """The images that links of an archive lead to, and the class folders. What is left out is counted anew."""
     left_out.found.clear()  # what seemed to stand outside may be what links lead to
     plan = _Plan(path, root, links, names, left_out)
-    found: set[str] = set()
+    found: set[str] = set()  # files
+    folders: set[str] = set()
     for member in read_members(path, lambda name: any(True for _ in plan.keys_of(name))):
-        found.add(member.path if member.kind == "folder" else _above(member.path))
+        folders.add(member.path if member.kind == "folder" else _above(member.path))
         if member.data is not None:
             found.add(member.path)
             for key in plan.keys_of(member.path):
@@ -106,7 +107,7 @@ def _linked_images(
             left_out.add(reason_of(member.path), member.path)
     for target, keys in plan.folders.items():
         for key in keys:
-            if target in found:
+            if target in folders:
                 yield key, None
             else:
                 left_out.add(BROKEN, str(key))
