@@ -95,25 +95,31 @@ def _linked_images(
     """The images that links of an archive lead to, and the class folders. What is left out is counted anew."""
     left_out.found.clear()  # what seemed to stand outside may be what links lead to
     plan = _Plan(path, root, links, names, left_out)
-    found: set[str] = set()  # files
+    files: set[str] = set()  # that links lead to
     folders: set[str] = set()
     for member in read_members(path, lambda name: any(True for _ in plan.keys_of(name))):
-        folders.add(member.path if member.kind == "folder" else _above(member.path))
+        folder = member.path if member.kind == "folder" else _above(member.path)
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = _above(folder)
+        if member.kind == "file" and (member.path in plan.files or member.path in plan.folders):
+            files.add(member.path)
         if member.data is not None:
-            found.add(member.path)
             for key in plan.keys_of(member.path):
                 yield key, member.data
-        elif member.kind in ("file", "special") and not (member.kind == "file" and _is_image_of_tree(member.path)):
+        elif member.kind == "special" or (member.kind == "file" and not _is_image_of_tree(member.path)):
             left_out.add(reason_of(member.path), member.path)
     for target, keys in plan.folders.items():
         for key in keys:
             if target in folders:
                 yield key, None
             else:
-                left_out.add(BROKEN, str(key))
+                name = f"{key.split}/{key.class_name}"
+                left_out.add(reason_of(name) if target in files else BROKEN, name)
     for target, keys in plan.files.items():
-        for key in () if target in found else keys:
-            left_out.add(BROKEN, str(key))
+        for key in keys:
+            reason = NESTED if target in folders else BROKEN if target not in files else None
+            left_out.add(reason or (None if is_image(key.name) else OTHER_KIND), "/".join(key))
 
 
 class _Plan:
@@ -139,19 +145,13 @@ class _Plan:
         for link in visible:
             if link not in self.own:
                 self._add_file(link, root)
-        for target, keys in self.folders.items():
-            if len({key.split for key in keys}) < len(keys):  # and so many links to one large folder are no bomb
-                raise UserError(f"{path}: {keys[0]} and {keys[1]} are links to one folder, {target!r}; remove one")
 
     def _add_file(self, link: str, root: str) -> None:
-        keys = list(self._keys_at(link, own=True))
         if _is_image_of_tree(link):
             _same_root(self.path, root, link)
+        keys = list(self._keys_at(link, own=True))
         for key in keys:
-            if is_image(link):
-                self._lead(self.files, self.links.resolve(link), key, link)
-            else:
-                self.left_out.add(OTHER_KIND, link)
+            self._lead(self.files, self.links.resolve(link), key, link)
         if not keys and reason_of(link) == NESTED:
             self.left_out.add(NESTED, link)
 
@@ -163,14 +163,17 @@ class _Plan:
 
     def keys_of(self, path: str) -> Iterator[Key]:
         """The images that a file is by way of links; not the one that it is by its own place."""
-        yield from self.files.get(path, ())
+        yield from (key for key in self.files.get(path, ()) if is_image(key.name))
         if is_image(path) and not is_hidden(path.rpartition("/")[2]):
             yield from self._keys_at(path, own=False)
 
     def _keys_at(self, path: str, own: bool) -> Iterator[Key]:
         """What a file or link is called in the tree, by the folders that it lies in."""
         folder, _, name = path.rpartition("/")
-        for key in self.folders.get(folder, ()):
+        keys = self.folders.get(folder, [])
+        if len({key.split for key in keys}) < len(keys):  # many links to one large folder would be a bomb
+            raise UserError(f"{self.path}: {keys[0]} and {keys[1]} are links to one folder, {folder!r}; remove one")
+        for key in keys:
             yield key._replace(name=name)
         above, _, class_name = folder.rpartition("/")
         if (own or above not in self.own) and not is_hidden(class_name):
