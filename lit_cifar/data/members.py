@@ -108,6 +108,8 @@ class Links:
             elif part not in ("", "."):
                 behind.append(part)
                 target = self._targets.get("/".join(behind))
+                if target == "":
+                    return None
                 if target is not None:
                     behind = [] if target.startswith("/") else behind[:-1]
                     ahead += target.split("/")[::-1]
