@@ -25,7 +25,6 @@ from lit_cifar.errors import UserError
 from lit_cifar.model.classifier import check_classes
 
 CLASSES = ("ant", "bee")
-File, Link, HardLink = str, tuple[str, str], tuple[str, str, str]
 Entry = str | tuple[str, ...]  # a file, (symbolic link, target) or (hard link, target, "hard")
 BASE = [f"{split}/{name}/0.png" for split in ("train", "test") for name in CLASSES]
 
