@@ -19,11 +19,12 @@ from torchvision.transforms import v2
 import lit_cifar.fit
 from lit_cifar.data import tree
 from lit_cifar.data.archives import ARCHIVES, CIFAR10, CIFAR100, Archive
-from lit_cifar.data.augment import Augment
+from lit_cifar.data.augment import CUTOUT_FILL, Augment
 from lit_cifar.data.cache import cache_dir
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.data.loader import DeviceLoader
 from lit_cifar.data.official import read_official
+from lit_cifar.data.seeds import make_generator
 from lit_cifar.data.split import Split, split_validation
 from lit_cifar.errors import UserError
 
@@ -51,7 +52,7 @@ def gathered(loader: Any) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("num_val", [1, 30, 33, 59])
 def test_the_validation_split_is_disjoint_complete_and_stratified(num_val: int) -> None:
     whole = make_split(40, 20, 30)
-    train, val = split_validation(whole, num_val, seed=0)
+    train, val = split_validation(make_split(40, 20, 30), num_val, seed=0)
     assert len(val.labels) == num_val
     assert sorted(numbers(train) + numbers(val)) == numbers(whole)
     for part in (train, val):
@@ -128,13 +129,66 @@ def test_the_test_set_stays_unread_in_training(monkeypatch: pytest.MonkeyPatch) 
     assert read == [True, False]
 
 
-def test_a_transform_replaces_the_built_in_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_split_takes_no_second_copy_of_the_images() -> None:
+    whole = make_split(200, 200)
+    train, _ = split_validation(whole, 50, seed=0)
+    assert train.images.data_ptr() == whole.images.data_ptr()
+
+
+def test_the_built_in_augmentation_follows_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_cifar.data.shapes.draw_shapes", lambda train: make_split(100, 100))
     transform = [v2.RandomInvert(p=1.0), v2.RandomPosterize(bits=1, p=1.0)]
-    data = CIFAR10DataModule(dataset="shapes", augment=Augment(cutout=40), transform=transform, num_workers=0)
+    augment = Augment(cutout=20)
+    data = CIFAR10DataModule(dataset="shapes", augment=augment, transform=transform, num_workers=0)
     data.setup("fit")
     images, _ = gathered(data.train_dataloader())
-    assert torch.equal(images, (255 - data.train.images[data.train_batches().order(0)]) & 128), "in turn"
+    order = data.train_batches().order(0)
+    transformed = (255 - data.train.images[order]) & 128
+    draws = augment.draw(200, make_generator(0, 0, "augment"))[order]
+    assert torch.equal(images, augment.apply(transformed, draws)), "in turn"
+    assert (images == CUTOUT_FILL).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"augment": Augment(pad="reflect")}, "--data.augment.pad reflect has no effect without --data.augment.crop"),
+        ({"num_workers": 8}, "--data.num_workers 8 has no effect without --data.transform"),
+        ({"mirrors": ["file:///mnt"]}, "--data.mirrors has no effect: nothing is downloaded for these data"),
+        ({"dataset": "cifar100"}, "--dataset cifar100 has no effect: tree holds images in folders of their classes"),
+        ({"dataset": "shapes"}, "--data_dir tree has no effect with --dataset shapes, which is embedded"),
+    ],
+)
+def test_a_setting_without_effect_is_said_once(
+    settings: dict[str, Any], line: str, pixels: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = CIFAR10DataModule(**{"data_dir": "tree", **settings})
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    (warning,) = [said for said in capsys.readouterr().err.splitlines() if "warning" in said]
+    assert warning == f"lit_cifar: warning: {line}"
+
+
+def test_settings_with_effect_are_not_spoken_of(pixels: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+    augment, transform = Augment(crop=2, pad="reflect"), [v2.RandomInvert()]
+    CIFAR10DataModule("tree", augment=augment, transform=transform, num_workers=3).setup("fit")
+    CIFAR10DataModule("tree", num_workers=0).setup("fit")
+    CIFAR10DataModule("tree", augment=Augment(pad="reflect"), num_workers=4).setup("test")
+    CIFAR10DataModule(dataset="shapes").setup("test")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_tree_beside_the_official_files_is_not_passed_over_in_silence(
+    pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_official(Path("tree"), "cifar10", monkeypatch)
+    CIFAR10DataModule("tree").setup("fit")
+    assert "tree holds images in train/ and test/ too, which are not used" in capsys.readouterr().err
+
+
+def test_an_empty_list_of_mirrors_does_not_mean_the_public_ones() -> None:
+    with pytest.raises(UserError, match=r"--data.mirrors names none"):
+        CIFAR10DataModule(mirrors=[])
 
 
 def test_a_trainers_rank_decides_the_share(shapes: CIFAR10DataModule, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,3 +322,79 @@ def test_evaluation_gives_the_images_as_they_are() -> None:
 def test_a_transform_that_gives_no_uint8_image_is_refused(transform: nn.Module, given: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"--data.transform gave {given} where torch.uint8 (3, 32, 32)")):
         DeviceLoader(make_split(), TrainBatches(23, 6), CPU, transform=transform)
+
+
+class Fails(nn.Module):
+    """Fails on the images of some labels, which are their first pixel's value, or gives them another shape."""
+
+    def __init__(self, *values: int, crop: bool = False) -> None:
+        super().__init__()
+        self.values, self.crop = values, crop
+
+    def forward(self, image: Tensor) -> Tensor:
+        if int(image[0, 0, 0]) not in self.values:
+            return image
+        if self.crop:
+            return image[:, 1:]
+        raise RuntimeError("no\nsuch colour")
+
+
+def numbered(num_images: int = 23) -> Split:
+    images = torch.arange(num_images, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32).contiguous()
+    return Split(images, torch.arange(num_images), tuple(map(str, range(num_images))))
+
+
+@pytest.mark.parametrize(
+    ("transform", "cause"),
+    [
+        (v2.MixUp(num_classes=10), "MixUp fails (ValueError: "),
+        (v2.CutMix(num_classes=10), "CutMix fails (ValueError: "),
+        (nn.Sequential(v2.RandomInvert(p=0), Fails(0)), "Fails fails (RuntimeError: no such colour); "),
+        (v2.Normalize([0.5], [0.5]), "Normalize fails (TypeError: "),
+    ],
+)
+def test_a_transform_that_fails_is_named_with_what_it_gets(transform: nn.Module, cause: str) -> None:
+    with pytest.raises(UserError) as raised:
+        DeviceLoader(numbered(), TrainBatches(23, 6), CPU, transform=transform)
+    line = str(raised.value)
+    assert line.startswith(f"--data.transform: {cause}")
+    assert line.endswith(
+        "a transform gets one image at a time, torch.uint8 (3, 32, 32), without its label and the rest of the batch"
+    )
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("transform", "line"),
+    [
+        (Fails(17), "--data.transform: Fails fails (RuntimeError: no such colour); "),
+        (Fails(17, crop=True), "--data.transform gave torch.uint8 (3, 31, 32) where torch.uint8 (3, 32, 32) is needed"),
+        (Fails(*range(1, 23), crop=True), "--data.transform gave torch.uint8 (3, 31, 32) where"),
+    ],
+)
+def test_a_transform_that_fails_on_a_later_image_ends_in_one_line(
+    transform: nn.Module, line: str, num_workers: int
+) -> None:
+    loader = DeviceLoader(numbered(), TrainBatches(23, 6), CPU, transform=transform, num_workers=num_workers)
+    with pytest.raises(UserError) as raised:
+        list(loader)
+    assert str(raised.value).startswith(line)
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_transform_and_the_built_in_augmentation_depend_on_seed_and_epoch_alone(num_ranks: int) -> None:
+    def both(num_workers: int = 0, **options: Any) -> DeviceLoader:
+        batches = TrainBatches(23, **{"batch_size": 6, "seed": 3, **options})
+        return DeviceLoader(make_split(), batches, CPU, AUGMENT, Noise(), num_workers)
+
+    whole = epoch_of(both(), 4)
+    assert not same(whole, epoch_of(make_loader("transform"), 4)), "not dropped"
+    assert not same(whole, epoch_of(make_loader("resident"), 4))
+    resumed = both(num_workers=2)
+    resumed.load_state_dict({"epoch": 4, "batch": 1})
+    assert same(list(resumed), whole[1:])
+    shares = [epoch_of(both(rank=rank, num_ranks=num_ranks), 4) for rank in range(num_ranks)]
+    for rank, share in enumerate(shares):
+        assert all(torch.equal(mine[0], all_[0][rank::num_ranks]) for mine, all_ in zip(share, whole, strict=True))

@@ -1,6 +1,7 @@
 """CIFAR10DataModule: settings to source, validation split and loaders. source.py finds the images; what is done for
 each batch is in loader.py and augment.py."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -8,12 +9,18 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
+from lit_cifar import log
 from lit_cifar.data.augment import Augment
+from lit_cifar.data.cache import SPLITS
 from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches, check_transform
-from lit_cifar.data.official import DEFAULT_DATA_DIR
+from lit_cifar.data.official import DEFAULT_DATA_DIR, OfficialFiles
 from lit_cifar.data.source import Source, find_source
 from lit_cifar.data.split import Split, split_validation
+from lit_cifar.data.tree import Tree
+from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
+
+NUM_WORKERS = 2
 
 
 class CIFAR10DataModule(LightningDataModule):
@@ -29,7 +36,7 @@ class CIFAR10DataModule(LightningDataModule):
         eval_batch_size: most images in one device's batch in validation and test; it changes no result.
         num_val: images taken from the training set for validation, equally many of each class; 0 is none. The test set
             is never used for selection.
-        augment: built-in augmentation of training images, on the device.
+        augment: built-in augmentation of training images, on the device, after the transform.
         transform: torchvision v2 transforms applied in turn to each training image (uint8, 3x32x32) by workers, for
             example RandAugment.
         num_workers: processes on each device that apply the transform.
@@ -39,7 +46,7 @@ class CIFAR10DataModule(LightningDataModule):
         seed: with the epoch, decides the order and augmentation of training images, and the validation split.
 
     Raises:
-        UserError: data_dir is a URL.
+        UserError: data_dir is a URL, or mirrors is an empty list.
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class CIFAR10DataModule(LightningDataModule):
         num_val: NonNegativeInt = 0,
         augment: Augment = Augment(),  # noqa: B008 (frozen)
         transform: list[nn.Module] | None = None,
-        num_workers: NonNegativeInt = 2,
+        num_workers: NonNegativeInt = NUM_WORKERS,
         drop_last: bool = False,
         mirrors: list[str] | None = None,
         seed: int = 0,
@@ -66,12 +73,15 @@ class CIFAR10DataModule(LightningDataModule):
         self.transform = transform
         self.num_workers = num_workers
         self.drop_last = drop_last
+        if mirrors == []:
+            raise UserError("--data.mirrors names none: list one at least, or leave it out for the public ones")
         self.mirrors = mirrors
         self.seed = seed
         self._source: Source | None = None
         self._train: Split | None = None
         self._val: Split | None = None
         self._test: Split | None = None
+        self._checked = False  # whether settings without effect were looked for
 
     @property
     def source(self) -> Source:
@@ -100,20 +110,41 @@ class CIFAR10DataModule(LightningDataModule):
         """Takes over what `other`, with the same settings, has prepared and read: nothing is listed or read twice."""
         if other._source is not None and other._source.is_here:  # otherwise the mirrors matter, which may be others
             self._source = other._source
-        self._train, self._val = other._train, other._val
+        self._train, self._val, self._checked = other._train, other._val, other._checked
 
     def setup(self, stage: str) -> None:
-        """Reads what the stage needs: 'fit', 'validate' or 'test'."""
+        """Reads what the stage needs: 'fit', 'validate' or 'test'. Says once which settings have no effect."""
+        if not self._checked and log.rank() == 0:
+            for line in self._without_effect(stage):
+                log.warn(line)
+        self._checked = True
         if stage in ("fit", "validate") and self._train is None:
             train = self.source.read(train=True)
             if self.num_val:
-                self._train, self._val = split_validation(train, self.num_val, self.seed)
+                self._train, self._val = split_validation(train, self.num_val, self.seed)  # it gives `train` away
             else:
                 self._train = train
             if self.transform:
                 check_transform(nn.Sequential(*self.transform), self._train)
         if stage == "test" and self._test is None:
             self._test = self.source.read(train=False)
+
+    def _without_effect(self, stage: str) -> Iterator[str]:
+        """Lines on what was chosen and changes nothing; a chosen default looks like one that was left alone."""
+        source = self.source
+        if self.dataset == "shapes" and str(self.data_dir) != DEFAULT_DATA_DIR:
+            yield f"--data_dir {self.data_dir} has no effect with --dataset shapes, which is embedded"
+        if isinstance(source, Tree) and self.dataset != "cifar10":
+            yield f"--dataset {self.dataset} has no effect: {self.data_dir} holds images in folders of their classes"
+        if isinstance(source, OfficialFiles) and all((self.data_dir / name).is_dir() for name in SPLITS):
+            yield f"{self.data_dir} holds images in train/ and test/ too, which are not used: --dataset's are"
+        if self.mirrors and not isinstance(source, OfficialFiles):
+            yield "--data.mirrors has no effect: nothing is downloaded for these data"
+        if stage == "fit":
+            if self.augment.pad != "zeros" and not self.augment.crop:
+                yield f"--data.augment.pad {self.augment.pad} has no effect without --data.augment.crop"
+            if self.num_workers not in (0, NUM_WORKERS) and not self.transform:
+                yield f"--data.num_workers {self.num_workers} has no effect without --data.transform"
 
     @property
     def train(self) -> Split:
@@ -142,10 +173,8 @@ class CIFAR10DataModule(LightningDataModule):
 
     def train_dataloader(self) -> DeviceLoader:
         batches = self.train_batches()
-        if self.transform:
-            transform = nn.Sequential(*self.transform)
-            return DeviceLoader(self.train, batches, self._device(), transform=transform, num_workers=self.num_workers)
-        return DeviceLoader(self.train, batches, self._device(), augment=self.augment)
+        transform = nn.Sequential(*self.transform) if self.transform else None
+        return DeviceLoader(self.train, batches, self._device(), self.augment, transform, self.num_workers)
 
     def val_dataloader(self) -> DeviceLoader | list[DeviceLoader]:
         return self._eval_loader(self._val) if self._val else []

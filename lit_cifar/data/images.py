@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 # The rest of Pillow's run programs (EPS), hold values of unknown range (FITS), or decode in Python, where a file of
 # some KB can take minutes (QOI).

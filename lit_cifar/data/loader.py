@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lit_cifar.data.augment import Augment, Draws
 from lit_cifar.data.seeds import make_generator, seed_of
 from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
+from lit_cifar.text import printable
 
 CHUNK = 512  # images augmented and moved at once when batches are smaller; batch 4 alone costs 4 times as much a step
 
@@ -118,8 +119,8 @@ class EvalBatches:
 class DeviceLoader:
     """Yields (images, labels) of each batch on the device: images (B, 3, 32, 32) uint8, labels (B,) int64.
 
-    The split lies on the device as a whole and is indexed and augmented there. With a `transform`, images pass
-    through it one by one in a standard DataLoader instead, in the same order and shares.
+    The split lies on the device as a whole and is indexed there. With a `transform`, images pass through it one by one
+    in a standard DataLoader instead, in the same order and shares. Either way they are augmented last, on the device.
 
     Args:
         split: images and labels.
@@ -151,6 +152,7 @@ class DeviceLoader:
             self.images, self.labels = split.images.to(device), split.labels.to(device)
             self._workers = None
         else:
+            self.labels = split.labels
             dataset = _Transformed(split, transform, getattr(batches, "seed", 0))
             check_transform(transform, split)
             self._keys = _Keys()
@@ -233,64 +235,99 @@ class DeviceLoader:
 
     def _from_workers(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         assert self._workers is not None
-        self._keys.batches = [
-            [(epoch, index) for index in share.tolist()] for share in self.batches.shares(epoch, start)
-        ]
-        for images, labels in self._workers:
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        self._keys.epoch, self._keys.shares = epoch, self.batches.shares(epoch, start)
+        draws = self._draws(epoch)
+        for share, (images, labels) in zip(self._keys.shares, self._workers, strict=True):
+            if isinstance(images, str):
+                raise UserError(images)
+            images = images.to(self.device, non_blocking=True)
+            if self.augment is not None:
+                images = self.augment.apply(images, draws[share.to(self.device)])
+            yield images, labels.to(self.device, non_blocking=True)
 
 
 class _Keys:
     """Batch sampler of (epoch, index) keys, so that a worker needs no more than the key to know its random state."""
 
     def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
+        self.epoch = 0
+        self.shares: list[Tensor] = []
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
+        return ([(self.epoch, index) for index in share.tolist()] for share in self.shares)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.shares)
 
 
-class _Transformed(Dataset[tuple[Tensor, Tensor]]):
-    """Applies a transform to the image of a key (epoch, index), with random state from (seed, epoch, index)."""
+class _Transformed(Dataset[tuple[Tensor | str, Tensor]]):
+    """Applies a transform to the image of a key (epoch, index), with random state from (seed, epoch, index).
+
+    In the image's place comes a line where that fails: an exception would come out of a worker with its traceback.
+    """
 
     def __init__(self, split: Split, transform: Callable[[Tensor], Tensor], seed: int) -> None:
         self.split, self.transform, self.seed = split, transform, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | str, Tensor]:
         epoch, index = key
         state: tuple[Any, ...] = random.getstate()
         numpy_state = np.random.get_state()
-        with torch.random.fork_rng(devices=[]):  # the main process's own random state stays as it was
-            image_seed = seed_of(self.seed, epoch, index, "transform")
-            torch.manual_seed(image_seed)
-            random.seed(image_seed)
-            np.random.seed(image_seed)
-            image = self.transform(self.split.images[index])
-        random.setstate(state)
-        np.random.set_state(numpy_state)
+        image: Tensor | str
+        try:
+            with torch.random.fork_rng(devices=[]):  # the main process's own random state stays as it was
+                image_seed = seed_of(self.seed, epoch, index, "transform")
+                torch.manual_seed(image_seed)
+                random.seed(image_seed)
+                np.random.seed(image_seed)
+                image = _apply(self.transform, self.split.images[index])
+        except UserError as error:
+            image = str(error)
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
         return image, self.split.labels[index]
 
 
-def _collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if not samples:  # a rank's share of a short last batch may be empty
-        return torch.empty(0, 3, 32, 32, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-    images, labels = zip(*samples, strict=True)
-    return torch.stack(images), torch.stack(labels)
-
-
-def check_transform(transform: Callable[[Tensor], Tensor], split: Split) -> None:
-    """Tries a transform on the first image.
+def _apply(transform: Callable[[Tensor], Tensor], original: Tensor) -> Tensor:
+    """What a transform, or one after the other of a Sequential, makes of an image (3, 32, 32) uint8.
 
     Raises:
-        UserError: it gives anything but a uint8 image of the same shape.
+        UserError: one of them fails, or the last gives anything but such an image.
     """
-    image, original = _Transformed(split, transform, seed=0)[(0, 0)][0], split.images[0]
+    image = original
+    for part in transform if isinstance(transform, nn.Sequential) else (transform,):
+        try:
+            image = part(image)
+        except Exception as error:  # of others' code: anything
+            name, detail = type(part).__name__, printable(" ".join(str(error).split())) or "no message"
+            raise UserError(
+                f"--data.transform: {name} fails ({type(error).__name__}: {detail}); a transform gets one image at a "
+                f"time, {original.dtype} {tuple(original.shape)}, without its label and the rest of the batch"
+            ) from error
     if not isinstance(image, Tensor) or image.dtype != original.dtype or image.shape != original.shape:
         given = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise UserError(
             f"--data.transform gave {given} where {original.dtype} {tuple(original.shape)} is needed: "
             "leave scaling and normalising to the model"
         )
+    return image
+
+
+def _collate(samples: list[tuple[Tensor | str, Tensor]]) -> tuple[Tensor | str, Tensor]:
+    if not samples:  # a rank's share of a short last batch may be empty
+        return torch.empty(0, 3, 32, 32, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    images, labels = zip(*samples, strict=True)
+    failed = next((image for image in images if isinstance(image, str)), None)
+    return failed or torch.stack(images), torch.stack(labels)
+
+
+def check_transform(transform: Callable[[Tensor], Tensor], split: Split) -> None:
+    """Tries a transform on the first image.
+
+    Raises:
+        UserError: it fails, or gives anything but a uint8 image of the same shape.
+    """
+    image = _Transformed(split, transform, seed=0)[(0, 0)][0]
+    if isinstance(image, str):
+        raise UserError(image)

@@ -2,6 +2,7 @@
 trains."""
 
 import os
+import unicodedata
 from collections.abc import Collection
 from typing import Any, Literal, get_args
 
@@ -100,15 +101,29 @@ def check_weights(module: nn.Module, net: nn.Module, weights: dict[str, Tensor])
 def check_classes(checkpoint: dict[str, Any], classes: tuple[str, ...]) -> None:
     """Checks that a checkpoint's classes are the data's `classes`; where either are not known it has no objection.
 
+    Names are compared in Unicode's NFC, which those of older checkpoints need not be in.
+
     Raises:
         UserError: they are others.
     """
-    trained_on = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
+    in_checkpoint = checkpoint.get("lit_cifar", {}).get("classes", ())
+    trained_on, classes = (
+        tuple(unicodedata.normalize("NFC", name) for name in names) for names in (in_checkpoint, classes)
+    )
     if trained_on and classes and trained_on != classes:
+        if sorted(trained_on) == sorted(classes):
+            raise UserError(
+                f"the checkpoint's classes ({_listed(trained_on)}) stand in another order than the data's "
+                f"({_listed(classes)}): use the data it was trained on, or train anew"
+            )
         raise UserError(
             f"the checkpoint's classes ({_listed(trained_on)}) are not the data's ({_listed(classes)}): "
             "use the data it was trained on"
         )
+
+
+def _in_nfc(names: Collection[str]) -> tuple[str, ...]:
+    return tuple(unicodedata.normalize("NFC", name) for name in names)
 
 
 def _listed(classes: tuple[str, ...]) -> str:
