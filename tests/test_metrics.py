@@ -118,9 +118,12 @@ def test_a_tally_counts_as_its_metrics_do_and_starts_again_once_taken() -> None:
 def test_a_tally_moves_with_its_module_and_is_not_in_a_checkpoint() -> None:
     module = torch.nn.ModuleDict({"test": Tally(NUM_CLASSES)})
     assert module.state_dict() == {}
+    for batch in batches(64):
+        module["test"].update(*batch)
     module.bfloat16().to("meta")  # as --precision bf16-true converts a module
     metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
-    states = [getattr(metric, name) for metric in metrics for name in metric._defaults]
+    states = [state for metric in metrics for name in metric._defaults for state in (getattr(metric, name),)]
+    states = [tensor for state in states for tensor in (state if isinstance(state, list) else [state])]
     assert len(metrics) == 4
     assert {state.device.type for state in states} == {"meta"}
     assert torch.bfloat16 not in {state.dtype for state in states}

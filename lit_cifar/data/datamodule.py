@@ -107,7 +107,7 @@ class CIFAR10DataModule(LightningDataModule):
         if stage in ("fit", "validate") and self._train is None:
             train = self.source.read(train=True)
             if self.num_val:
-                self._train, self._val = split_validation(train, self.num_val, self.seed)
+                self._train, self._val = split_validation(train, self.num_val, self.seed, in_place=True)
             else:
                 self._train = train
             if self.transform:

@@ -8,6 +8,8 @@ from torch import Tensor
 from lit_cifar.data.seeds import make_generator
 from lit_cifar.errors import UserError
 
+CHUNK = 10_000  # images that are moved at once: 31 MB
+
 
 @dataclass(frozen=True)
 class Split:
@@ -33,29 +35,50 @@ class Split:
             raise ValueError(f"labels go beyond 0..{num_classes - 1}")
 
 
-def split_validation(train: Split, num_val: int, seed: int) -> tuple[Split, Split]:
+def split_validation(train: Split, num_val: int, seed: int, in_place: bool = False) -> tuple[Split, Split]:
     """Splits into (training, validation), the validation part stratified: class shares differ by at most one image.
+
+    Args:
+        train: all training images.
+        num_val: how many of them the validation part gets.
+        seed: decides which.
+        in_place: both parts take the memory of `train`, whose images are in another order after it; otherwise both
+            are copies, and for a while there is room for twice the images.
 
     Raises:
         UserError: num_val leaves a class without training images.
     """
     num_classes = len(train.classes)
     generator = make_generator(seed, "validation")
-    remainder = torch.randperm(num_classes, generator=generator)[: num_val % num_classes]
-    chosen: list[Tensor] = []
-    for label in range(num_classes):
-        of_class = (train.labels == label).nonzero().flatten()
-        num_chosen = num_val // num_classes + int(label in remainder)
-        if not 0 <= num_chosen < len(of_class):
+    share, rest = divmod(num_val, num_classes)
+    num_chosen = [share] * num_classes
+    for label in torch.randperm(num_classes, generator=generator)[:rest].tolist():
+        num_chosen[label] += 1
+    num_of_class = torch.bincount(train.labels, minlength=num_classes).tolist()
+    in_val = torch.zeros(len(train.labels), dtype=torch.bool)
+    # sorted once for all classes: to search for each took as many passes over the labels
+    for label, of_class in enumerate(train.labels.argsort(stable=True).split(num_of_class)):
+        if num_chosen[label] < 0 or (num_chosen[label] and num_chosen[label] >= len(of_class)):
             raise UserError(
-                f"--data.num_val {num_val} takes {num_chosen} of the {len(of_class)} training images of class "
+                f"--data.num_val {num_val} takes {num_chosen[label]} of the {len(of_class)} training images of class "
                 f"{train.classes[label]!r} and leaves none: choose fewer"
             )
-        chosen.append(of_class[torch.randperm(len(of_class), generator=generator)[:num_chosen]])
-    in_val = torch.zeros(len(train.labels), dtype=torch.bool)
-    in_val[torch.cat(chosen)] = True
+        in_val[of_class[torch.randperm(len(of_class), generator=generator)[: num_chosen[label]]]] = True
+    images = train.images if in_place else train.images.clone()
+    num_train = len(images) - num_val
+    _partition(images, in_val)
+    parts = (images[:num_train], train.labels[~in_val]), (images[num_train:], train.labels[in_val])
+    train_part, val_part = (Split(*part, train.classes) for part in parts)
+    return train_part, val_part
 
-    def part(mask: Tensor) -> Split:
-        return Split(train.images[mask], train.labels[mask], train.classes)
 
-    return part(~in_val), part(in_val)
+def _partition(images: Tensor, last: Tensor) -> None:
+    """Moves the images (N, ...) that `last` (N,) bool names behind the others, within their memory; order is kept.
+
+    Beside them there is room for CHUNK images, and for those that move to the end.
+    """
+    moved, start = images[last], 0
+    for kept in (~last).nonzero().flatten().split(CHUNK):  # each comes from where it goes, or from behind it
+        images[start : start + len(kept)] = images[kept]
+        start += len(kept)
+    images[start:] = moved
