@@ -7,6 +7,7 @@ demo run. Colours are told apart by colour-blind readers too: one ramp from whit
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ def confusion_matrix(report: Report) -> Picture:
     names = list(report.classes)
     if many:
         ends = np.flatnonzero(np.diff(row_of, prepend=-1, append=num_rows))  # where each group begins
-        names = [f"{names[first]} … {names[last - 1]}" for first, last in zip(ends, ends[1:], strict=False)]
+        names = [f"{names[first]} … {names[last - 1]}" for first, last in itertools.pairwise(ends)]
     cell, size = (50, 19) if few else (12, 11)
     names = [_shortened(name, size, 170) for name in names]
     label = max(_width(name, size) for name in names) + 8
