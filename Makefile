@@ -34,6 +34,7 @@ test-stress: .venv/installed-dev ## kill training runs, try bad mirrors, full di
 	$(BIN)/python tests/stress/kill.py --kills $(KILLS)
 	$(BIN)/python tests/stress/mirrors.py
 	$(BIN)/python tests/stress/fuzz.py
+	$(BIN)/python tests/stress/scale.py
 
 test-slurm: .venv/installed-dev ## preempt, requeue and break jobs of a Slurm on this machine: LIT_CIFAR_SLURM_UP=SCRIPT
 	$(BIN)/python -m pytest -m slurm

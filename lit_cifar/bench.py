@@ -143,7 +143,10 @@ def _settings(flags: list[str]) -> Namespace:
 
 
 def _bench_fit(config: str, num_runs: int, warm: bool, flags: list[str]) -> dict[str, Any]:
-    seed = _settings(flags).seed_everything
+    settings = _settings(flags)
+    if settings.trainer.limit_test_batches == 0:
+        raise UserError("--trainer.limit_test_batches 0: bench measures the accuracy of tests, leave it out")
+    seed = settings.seed_everything
     results = []
     with tempfile.TemporaryDirectory(prefix="lit_cifar-bench-") as folder:
         flags = [*flags, "--trainer.default_root_dir", folder]

@@ -113,7 +113,7 @@ def finish(command: CLI, started: float, seconds: dict[str, float]) -> None:
         seconds = {**seconds, "test": now - test_started, "total": now - started}
         with writing(run.results, f"make room or fix the folder, then test again with --resume {run.folder}"):
             write_results(run.results, _results(command, tested, seconds))
-    print_report(model.reports["test"], model.reports.get("plain"))
+    print_report(model.reports["test"], model.reports.get("plain"), num_all=len(data.test.labels))
     if run is not None:
         print(f"\nRun: {run.folder}\nDashboards: tensorboard --logdir {run.folder.parent}")
 

@@ -106,7 +106,7 @@ def read_run(folder: Path) -> Row:
             without_results,
             recipe=_text(results.get("recipe")),
             dataset=_text(results["dataset"]),
-            accuracy=_number(results["accuracy"]),
+            accuracy=None if results["accuracy"] is None else _number(results["accuracy"]),
             seconds=_number(results["seconds"]["total"]),
             devices=int(_number(results["devices"])),
             when=None if (when := _text(results.get("when"))) is None else _utc(when).isoformat(),

@@ -53,7 +53,7 @@ def main(args: list[str]) -> None:
     output = Path(command.options["output"] or (run.folder if run else Path()) / f"test-{state.path.stem}.json")
     with writing(output, "choose another place with --output"):
         write_results(output, command.results(str(state.path), state.step, seconds))
-    print_report(model.reports["test"], model.reports.get("plain"))
+    print_report(model.reports["test"], model.reports.get("plain"), num_all=len(data.test.labels))
     print(f"\nResults: {output}")
 
 

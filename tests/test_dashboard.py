@@ -1,5 +1,6 @@
 """TensorBoard tells the story of a run without being configured: by its event files, and in a real browser."""
 
+import html
 import re
 import shutil
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
+import markdown
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,25 @@ def test_custom_scalars_show_each_of_their_tags_in_one_chart(num_classes: int) -
         for title, (_, of_chart) in titles.items():
             shown = [tag for tag in tags if any(re.match(pattern, tag) for pattern in of_chart)]
             assert len(shown) <= 10, f"{title} has too many lines to tell apart"
+
+
+def test_more_classes_than_have_curves_have_no_charts() -> None:
+    layout = charts(["val", "test"], [f"class {label}" for label in range(1000)])
+    assert set(layout) == {"loss", "learning rates"}
+
+
+def test_a_class_of_any_name_has_a_chart_of_its_own_tag() -> None:
+    layout = charts(["val"], ["\x1b[2Jcat", *map(str, range(10))])
+    chart = next(iter(layout["accuracy"].values()))
+    assert re.match(chart[1][0], r"val/accuracy/'\x1b[2Jcat'")
+    assert all(title.isprintable() for title in layout["accuracy"])
+
+
+@pytest.mark.parametrize("command", ["a | b", "a `b` | ``c``", "<script>alert()</script> *a*", "`"])
+def test_a_command_of_any_letters_is_one_cell_of_its_table(command: str) -> None:
+    shown = markdown.markdown(Dashboard(command)._origin(), extensions=["markdown.extensions.tables"])
+    assert f"<td><code>{html.escape(command, quote=False)}</code></td>" in shown
+    assert shown.count("<td>") == 2 * shown.count("<tr>") - 2
 
 
 def test_the_layout_of_a_run_matches_its_own_tags() -> None:

@@ -1,13 +1,15 @@
 """What is counted in an evaluation, against torchmetrics and plain arithmetic, in batches and over ranks."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassCalibrationError
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
+from lit_cifar.results import metrics
 from lit_cifar.results.metrics import (
     NUM_BINS,
     NUM_MISTAKES,
@@ -115,12 +117,58 @@ def test_a_tally_counts_as_its_metrics_do_and_starts_again_once_taken() -> None:
         assert torch.equal(mistakes.images, worst(64).images)
 
 
+@pytest.mark.parametrize("most_dense", [NUM_CLASSES, NUM_CLASSES - 1])
+@pytest.mark.parametrize("size", [1, 64, NUM_IMAGES])
+def test_the_confusion_matrix_is_torchmetrics(size: int, most_dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "MOST_DENSE", most_dense)
+    tally = Tally(NUM_CLASSES)
+    for probabilities, images, labels in batches(size):
+        tally.update(probabilities.log(), images, labels)
+    confusion = tally.take()[0]
+    assert confusion.is_sparse == (most_dense < NUM_CLASSES)
+    assert confusion.dtype == torch.int64
+    reference = MulticlassConfusionMatrix(NUM_CLASSES)(PROBABILITIES, LABELS)
+    assert torch.equal(confusion.to_dense(), reference)
+
+
+@pytest.mark.parametrize("odd", [[math.nan] * NUM_CLASSES, [math.inf, *[0.0] * (NUM_CLASSES - 1)]])
+def test_images_whose_logits_are_not_finite_predict_no_class(odd: list[float]) -> None:
+    logits, tally = PROBABILITIES.log(), Tally(NUM_CLASSES)
+    logits[::5] = torch.tensor(odd)
+    tally.update(logits, IMAGES, LABELS)
+    confusion, loss, calibration, mistakes = tally.take()
+    assert confusion.shape == (NUM_CLASSES, NUM_CLASSES + 1)
+    assert confusion.sum() == NUM_IMAGES
+    assert torch.equal(confusion[:, -1], torch.bincount(LABELS[::5], minlength=NUM_CLASSES))
+    finite = torch.arange(NUM_IMAGES) % 5 > 0
+    tally.update(logits[finite], IMAGES[finite], LABELS[finite])
+    expected, finite_loss, expected_calibration, expected_mistakes = tally.take()
+    assert torch.equal(confusion[:, :-1], expected)
+    assert not math.isfinite(loss)
+    assert math.isfinite(finite_loss)
+    assert calibration.error == expected_calibration.error
+    assert calibration.num_images.sum() == finite.sum()
+    assert torch.equal(mistakes.images, expected_mistakes.images)
+
+
+def test_a_class_that_is_ruled_out_by_minus_infinity_is_no_fault() -> None:
+    logits, tally = PROBABILITIES.log(), Tally(NUM_CLASSES)
+    logits[torch.arange(NUM_IMAGES), (LABELS + 1) % NUM_CLASSES] = -math.inf
+    tally.update(logits, IMAGES, LABELS)
+    confusion, loss, *_ = tally.take()
+    assert confusion.shape == (NUM_CLASSES, NUM_CLASSES)
+    assert math.isfinite(loss)
+
+
 def test_a_tally_moves_with_its_module_and_is_not_in_a_checkpoint() -> None:
     module = torch.nn.ModuleDict({"test": Tally(NUM_CLASSES)})
     assert module.state_dict() == {}
+    for batch in batches(64):
+        module["test"].update(*batch)
     module.bfloat16().to("meta")  # as --precision bf16-true converts a module
     metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
-    states = [getattr(metric, name) for metric in metrics for name in metric._defaults]
+    states = [state for metric in metrics for name in metric._defaults for state in (getattr(metric, name),)]
+    states = [tensor for state in states for tensor in (state if isinstance(state, list) else [state])]
     assert len(metrics) == 4
     assert {state.device.type for state in states} == {"meta"}
     assert torch.bfloat16 not in {state.dtype for state in states}

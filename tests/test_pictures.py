@@ -26,7 +26,7 @@ def has_white_border(picture: pictures.Picture) -> bool:
     return all(bool((edge == 255).all()) for edge in edges)
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 10, 20, 21, 100])
+@pytest.mark.parametrize("num_classes", [1, 2, 10, 20, 21, 60, 61, 100, 1000, 3000])
 def test_a_confusion_matrix_of_any_size_is_whole(num_classes: int) -> None:
     names = [f"a class with a long name, number {label}" for label in range(num_classes)]
     picture = pictures.confusion_matrix(report(torch.eye(num_classes, dtype=torch.int64) * 12_345, names))
@@ -34,6 +34,32 @@ def test_a_confusion_matrix_of_any_size_is_whole(num_classes: int) -> None:
     assert picture.shape[2] == 3
     assert max(picture.shape) < 1600, "TensorBoard would shrink it beyond reading"
     assert has_white_border(picture), "something is cut"
+
+
+def test_the_picture_of_many_classes_shows_groups_of_neighbours_and_the_worst_pairs() -> None:
+    confusion = 100 * torch.eye(1000, dtype=torch.int64)
+    right = pictures.confusion_matrix(report(confusion))
+    assert num_pixels(right, pictures.BLUE) == 0, "no pair is confused"
+    assert num_pixels(right, pictures.DARKEST) == 50 * 12 * 12
+    for label in range(0, 300, 10):  # of each a whole class
+        confusion[label, label], confusion[label, label + 500] = 0, 100
+    picture = pictures.confusion_matrix(report(confusion))
+    assert picture.shape == right.shape
+    bars = (picture == pictures.BLUE).all(2).sum(1)
+    assert set(bars[bars > 0].tolist()) == {121}, "a whole class is a whole bar"
+    assert int((bars > 0).sum()) == pictures.NUM_PAIRS * 15
+    assert 0 < num_pixels(picture, pictures.DARKEST) < 50 * 12 * 12, "groups that are confused are less dark"
+
+
+def test_images_that_predict_no_class_and_names_that_hold_control_characters_are_drawn() -> None:
+    confusion = torch.tensor([[3, 1, 2], [0, 4, 0]])
+    names = ["two\nlines", "\x1b[2J\udcff"]
+    assert has_white_border(pictures.confusion_matrix(report(confusion, names)))
+    found = Mistakes(torch.stack([red(70)]), torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0]))
+    assert has_white_border(pictures.mistakes(found, names))
+    assert has_white_border(pictures.training_images(found.images, found.labels, names))
+    many = torch.eye(100, dtype=torch.int64).roll(1, 1)
+    assert has_white_border(pictures.confusion_matrix(report(many, names * 50)))
 
 
 def test_darker_cells_are_larger_shares_of_their_row() -> None:

@@ -70,6 +70,85 @@ def test_pairs_are_told_by_their_share_of_the_true_class_and_never_one_that_did_
     assert "confused" not in right.table()
 
 
+def diagonal(num_classes: int, sparse: bool = False) -> Report:
+    """Class i has i + 1 images, of which one is right."""
+    confusion = torch.eye(num_classes, dtype=torch.int64)
+    confusion[torch.arange(num_classes), (torch.arange(num_classes) + 1) % num_classes] += torch.arange(num_classes)
+    names = tuple(f"class {label}" for label in range(num_classes))
+    return Report(confusion.to_sparse() if sparse else confusion, 0.5, names, CALIBRATION, MISTAKES)
+
+
+def test_a_table_of_many_classes_has_the_worst_and_the_best() -> None:
+    assert len(diagonal(100).table().splitlines()) == 3 + 100 + 2
+    lines = diagonal(1000).table().splitlines()
+    listed = [line.split()[:2] for line in lines if line.startswith("class ") and "%" in line]
+    assert [int(number) for _, number in listed] == [*range(999, 989, -1), 4, 3, 2, 1, 0]
+    assert "The worst and the best of 1,000 classes; per_class_accuracy in the results has all" in lines
+    assert len(diagonal(100).scalars()) == 103
+    assert diagonal(101).scalars().keys() == {"loss", "accuracy", "calibration_error"}
+    assert len(diagonal(1000).results()["per_class_accuracy"]) == 1000
+
+
+def test_a_sparse_matrix_says_what_a_dense_one_says(tmp_path: Path) -> None:
+    dense, sparse = diagonal(30), diagonal(30, sparse=True)
+    assert sparse.table() == dense.table()
+    assert sparse.scalars() == dense.scalars()
+    ours, theirs = sparse.results(), dense.results()
+    matrix, counts = theirs.pop("confusion_matrix"), ours.pop("confusion_counts")
+    assert ours == {**theirs, "confusion_matrix": None}
+    assert {(row, column): count for row, column, count in counts} == {
+        (row, column): count for row, counts in enumerate(matrix) for column, count in enumerate(counts) if count
+    }
+    for report in (dense, sparse):
+        write_results(tmp_path / "results.json", report.results())
+        text = (tmp_path / "results.json").read_text()
+        assert len(text.splitlines()) < 160, "a line for each row"
+        assert json.loads(text) == {**report.results(), "versions": versions(), "commit": commit()}
+
+
+def test_images_whose_logits_are_not_finite_count_as_wrong_and_are_said() -> None:
+    confusion = torch.tensor([[3, 1, 6], [0, 9, 1]])
+    report = Report(confusion, math.nan, ("cat", "dog"), CALIBRATION, MISTAKES)
+    assert (report.num_images, report.num_not_finite, report.accuracy) == (20, 7, 0.6)
+    assert report.per_class_accuracy == {"cat": 0.3, "dog": 0.9}
+    assert report.confused_pairs() == [("cat", "dog", 0.1)]
+    results = report.results()
+    assert (results["confusion_matrix"], results["num_not_finite"], results["loss"]) == ([[3, 1], [0, 9]], 7, None)
+    (warning,) = report.warnings()
+    assert warning.startswith("the logits of 7 of 20 images are not finite: they count as wrong")
+    ruled_out = Report(confusion[:, :2], math.inf, ("cat", "dog"), CALIBRATION, MISTAKES)
+    assert ruled_out.results()["loss"] is None
+    assert "minus infinity" in ruled_out.warnings()[0]
+    assert REPORT.warnings() == REPORT.warnings(REPORT.num_images) == []
+
+
+def test_the_report_of_no_image_has_null_for_what_was_not_measured() -> None:
+    report = Report.of_nothing(("cat", "dog"))
+    results = report.results()
+    assert (results["num_test"], results["num_not_finite"]) == (0, 0)
+    assert results["confusion_matrix"] == [[0, 0], [0, 0]]
+    for key in ("accuracy", "per_class_accuracy", "loss", "calibration_error"):
+        assert results[key] is None
+    assert report.table().isprintable(), "one line"
+    assert report.warnings(2000) == []
+
+
+def test_some_of_the_images_are_said_to_be_some(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(REPORT, num_all=20_000)
+    said = capsys.readouterr()
+    assert said.out.strip() == REPORT.table()
+    assert said.err.startswith("lit_cifar: warning: 10,007 of 20,000 test images were looked at")
+
+
+def test_a_table_is_printable_whatever_the_names() -> None:
+    names = ("\x1b[2Jcat", "new\nline", "dog")
+    report = Report(CONFUSION, 0.5, names, CALIBRATION, MISTAKES)
+    assert all(line.isprintable() for line in report.table().splitlines())
+    assert len(report.table().splitlines()) == len(REPORT.table().splitlines())
+    assert all(name.isprintable() for name in report.scalars())
+    assert tuple(report.results()["per_class_accuracy"]) == names
+
+
 def test_people_get_the_table_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     print_report(REPORT)
     assert capsys.readouterr().out.strip() == REPORT.table()

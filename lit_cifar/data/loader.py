@@ -82,8 +82,19 @@ class TrainBatches:
 
     def shares(self, epoch: int, start: int = 0) -> list[Tensor]:
         """This rank's indices of each batch from `start` on; in a short last batch a rank may get fewer, or none."""
-        batches = self.order(epoch).split(self.batch_size)
-        return [batch[self.rank :: self.num_ranks] for batch in batches[start : len(self)]]
+        indices, sizes = self.indices(epoch, start)
+        return list(indices.split(sizes))
+
+    def indices(self, epoch: int, start: int = 0) -> tuple[Tensor, list[int]]:
+        """All of `shares` in one (n,) int64, and their sizes: a tensor for each took 0.3 KB, 0.4 GB of 1.28 million
+        images in batches of 4."""
+        indices = self.order(epoch)[start * self.batch_size : len(self) * self.batch_size]
+        if self.num_ranks > 1:
+            place = torch.arange(len(indices)) % self.batch_size
+            indices = indices[place % self.num_ranks == self.rank]
+        return indices, [
+            len(range(self.rank, self.num_in_batch(batch), self.num_ranks)) for batch in range(start, len(self))
+        ]
 
 
 @dataclass(frozen=True)
@@ -112,8 +123,15 @@ class EvalBatches:
 
     def shares(self, epoch: int = 0, start: int = 0) -> list[Tensor]:
         """This rank's indices of each batch, their sizes within one of each other."""
+        indices, sizes = self.indices(epoch, start)
+        return list(indices.split(sizes))
+
+    def indices(self, epoch: int = 0, start: int = 0) -> tuple[Tensor, list[int]]:
+        """All of `shares` in one (n,) int64, and their sizes."""
         mine = torch.arange(self.num_images)[self.rank :: self.num_ranks]
-        return list(mine.tensor_split(len(self)))[start:]
+        size, rest = divmod(len(mine), len(self))
+        sizes = [size + 1] * rest + [size] * (len(self) - rest)
+        return mine[sum(sizes[:start]) :], sizes[start:]
 
 
 class DeviceLoader:
@@ -207,15 +225,14 @@ class DeviceLoader:
             yield images_and_labels
 
     def _from_device(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        shares = self.batches.shares(epoch, start)
-        if not shares:
+        indices_of_epoch, sizes = self.batches.indices(epoch, start)
+        if not sizes:
             return
         draws = self._draws(epoch)
-        sizes = [len(share) for share in shares]
         per_chunk = max(1, CHUNK // max(1, sizes[0]))
         sizes_of_chunks = [sizes[first : first + per_chunk] for first in range(0, len(sizes), per_chunk)]
         # the whole epoch's indices at once: a copy to a GPU in its midst would wait for the GPU
-        indices_of_chunks = torch.cat(shares).to(self.device).split([sum(chunk) for chunk in sizes_of_chunks])
+        indices_of_chunks = indices_of_epoch.to(self.device).split([sum(chunk) for chunk in sizes_of_chunks])
         for indices, chunk in zip(indices_of_chunks, sizes_of_chunks, strict=True):
             images, labels = self.images.index_select(0, indices), self.labels.index_select(0, indices)
             if self.augment is not None:

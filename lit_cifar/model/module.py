@@ -134,6 +134,8 @@ class LitClassifier(LightningModule):
             UserError: there is no data module, or the net gives another number of logits than there are classes.
         """
         self.set_classes(data_of(self.trainer).classes)
+        if stage == "test":  # Lightning calls no hook more where --trainer.limit_test_batches is 0
+            self.reports["test"] = Report.of_nothing(self.classes)
         init_from_images = getattr(self.net, "init_from_images", None)
         if stage == "fit" and callable(init_from_images):  # a resumed run's checkpoint is loaded after it
             images = data_of(self.trainer).train.images

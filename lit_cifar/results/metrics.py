@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.utilities import dim_zero_cat
 
 NUM_BINS = 15  # of confidence, as in arXiv 1706.04599
 NUM_MISTAKES = 16  # kept for the picture
+MOST_DENSE = 2000  # classes up to which a confusion matrix is dense: 32 MB
 
 
 class _Exact(Metric):
@@ -42,6 +43,46 @@ def _add(sums: Tensor, addends: Tensor) -> Tensor:
     new = total + addends
     added = new - total
     return torch.stack([new, left_out + ((total - (new - added)) + (addends - added))])
+
+
+class Pairs(_Exact):
+    """The pair of true and predicted class of each image of all ranks, from which the confusion matrix is counted.
+
+    8 bytes an image, where an image has 3,072: torchmetrics' MulticlassConfusionMatrix counts the same, but in K x K
+    numbers, which it holds four times; with 10,000 classes that is 3 GB.
+
+    Args:
+        num_classes: number of classes K.
+    """
+
+    pairs: list[Tensor]
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.add_state("pairs", [], dist_reduce_fx="cat")
+
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Adds images by their predicted classes (B,) int64, K where there is none, and labels (B,)."""
+        self.pairs.append(labels * (self.num_classes + 1) + predictions)
+
+    def compute(self) -> Tensor:
+        """One number for each image, label * (K + 1) + prediction."""
+        return dim_zero_cat(self.pairs) if len(self.pairs) else torch.zeros(0, dtype=torch.int64, device=self.device)
+
+    @staticmethod
+    def counted(pairs: Tensor, num_classes: int) -> Tensor:
+        """The confusion matrix (K, K) int64 of what `compute` gave, on the CPU; rows true and columns predicted.
+
+        Where images have no prediction, a last column counts them: (K, K + 1). Above MOST_DENSE classes it is sparse.
+        """
+        found, counts = pairs.cpu().unique(return_counts=True)
+        rows, columns = found // (num_classes + 1), found % (num_classes + 1)
+        num_columns = num_classes + int(bool((columns == num_classes).any()))
+        confusion = torch.sparse_coo_tensor(
+            torch.stack([rows, columns]), counts, (num_classes, num_columns), check_invariants=True
+        )
+        return confusion.to_dense() if num_classes <= MOST_DENSE else confusion
 
 
 class SummedLoss(_Exact):
@@ -111,12 +152,14 @@ class SummedCalibration(_Exact):
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(self, probabilities: Tensor, labels: Tensor) -> None:
-        """Adds images by their probabilities (B, K), 0 to 1, and labels (B,)."""
+        """Adds images by their probabilities (B, K), 0 to 1, and labels (B,); an image with NaN is left out."""
         confidence, predictions = probabilities.max(1)
+        known = ~confidence.isnan()
+        confidence = torch.where(known, confidence, 0.0)
         bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
         # scatter_add_, because mps has no index_add_ of integers up to torch 2.8
-        self.num_images.scatter_add_(0, bins, torch.ones_like(bins))
-        self.num_correct.scatter_add_(0, bins, (predictions == labels).long())
+        self.num_images.scatter_add_(0, bins, known.long())
+        self.num_correct.scatter_add_(0, bins, (known & (predictions == labels)).long())
         sums = torch.zeros(NUM_BINS, dtype=self.confidence.dtype, device=bins.device)
         self.confidence = _add(self.confidence, sums.scatter_add_(0, bins, confidence.to(sums.dtype)))
 
@@ -172,9 +215,12 @@ class WorstMistakes(_Exact):
             self.add_state(name, state, dist_reduce_fx=_join_ranks)
 
     def update(self, probabilities: Tensor, images: Tensor, labels: Tensor) -> None:
-        """Takes in images (B, 3, 32, 32) uint8 with their probabilities (B, K), 0 to 1, and labels (B,)."""
+        """Takes in images (B, 3, 32, 32) uint8 with their probabilities (B, K), 0 to 1, and labels (B,).
+
+        An image with NaN is left out.
+        """
         confidences, predictions = probabilities.max(1)
-        confidences = torch.where(predictions == labels, -1.0, confidences)
+        confidences = torch.where((predictions == labels) | confidences.isnan(), -1.0, confidences)
         confidences, new = confidences.topk(min(NUM_MISTAKES, len(labels)))
         self.images, self.labels, self.predictions, self.confidences = self._worst(
             torch.cat([self.images, images[new]]),
@@ -205,16 +251,21 @@ class Tally(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
+        self.num_classes = num_classes
+        self.confusion = Pairs(num_classes)
         self.loss = SummedLoss()
         self.calibration = SummedCalibration()
         self.mistakes = WorstMistakes()
 
     def update(self, logits: Tensor, images: Tensor, labels: Tensor) -> None:
-        """Counts images (B, 3, 32, 32) uint8 by their logits (B, K), of any float dtype, and labels (B,) int64."""
-        self.confusion.update(logits.argmax(1), labels)
-        self.loss.update(logits, labels)
+        """Counts images (B, 3, 32, 32) uint8 by their logits (B, K), of any float dtype, and labels (B,) int64.
+
+        Where logits hold NaN or infinity they predict no class.
+        """
         probabilities = logits.float().softmax(1)
+        undecided = probabilities[:, 0].isnan()  # softmax makes all of a row NaN, or nothing
+        self.confusion.update(torch.where(undecided, self.num_classes, logits.argmax(1)), labels)
+        self.loss.update(logits, labels)
         self.calibration.update(probabilities, labels)
         self.mistakes.update(probabilities, images, labels)
 
@@ -224,11 +275,11 @@ class Tally(nn.Module):
         Every rank must call it at once, and each gets the same.
 
         Returns:
-            The confusion matrix (K, K) int64, rows true and columns predicted; the mean cross-entropy; the calibration;
-            the worst mistakes. All tensors are on the CPU.
+            The confusion matrix, as Pairs.counted gives it; the mean cross-entropy, NaN where a logit is; the
+            calibration; the worst mistakes. All tensors are on the CPU.
         """
         taken = (
-            self.confusion.compute().cpu(),
+            Pairs.counted(self.confusion.compute(), self.num_classes),
             self.loss.compute().item(),
             Calibration.of(*self.calibration.compute()),
             Mistakes.of(*self.mistakes.compute()),

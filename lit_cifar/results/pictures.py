@@ -7,6 +7,7 @@ demo run. Colours are told apart by colour-blind readers too: one ramp from whit
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lit_cifar.results.metrics import NUM_BINS, Calibration, Mistakes
 from lit_cifar.results.report import Report
+from lit_cifar.text import printable
 
 Picture = npt.NDArray[np.uint8]
 
@@ -25,6 +27,8 @@ BLACK, GREY, LIGHT, WHITE = (0, 0, 0), (110, 110, 110), (225, 225, 225), (255, 2
 BLUE, ORANGE = (0, 114, 178), (230, 159, 0)
 DARKEST = (8, 48, 107)  # of the ramp
 FEW_CLASSES = 20  # up to here the confusion matrix has room for counts
+MOST_CLASSES = 60  # up to here for a row of each; of more it shows NUM_GROUPS groups and the NUM_PAIRS worst pairs
+NUM_GROUPS, NUM_PAIRS, PAIRS_WIDTH = 50, 24, 560
 MARGIN = 12
 
 
@@ -51,7 +55,8 @@ def _upwards(image: Image.Image, x: int, bottom: int, text: str, size: int) -> N
 
 
 def _shortened(text: str, size: int, width: int) -> str:
-    """`text`, cut with an ellipsis where it is wider than `width` pixels."""
+    """`text` in printable letters, cut with an ellipsis where it is wider than `width` pixels."""
+    text = printable(text)
     if _width(text, size) <= width:
         return text
     while text and _width(f"{text}…", size) > width:
@@ -60,38 +65,73 @@ def _shortened(text: str, size: int, width: int) -> str:
 
 
 def confusion_matrix(report: Report) -> Picture:
-    """Rows are true classes, columns predicted ones; colour is the share of the row, numbers are counts."""
+    """Rows are true classes, columns predicted ones; colour is the share of the row, numbers are counts.
+
+    More than MOST_CLASSES classes are drawn as NUM_GROUPS groups of neighbours, beside them the worst pairs, so that
+    the picture stays as large however many classes there are.
+    """
     num_classes = len(report.classes)
-    few = num_classes <= FEW_CLASSES
+    few, many = num_classes <= FEW_CLASSES, num_classes > MOST_CLASSES
+    num_rows = NUM_GROUPS if many else num_classes
+    row_of = np.arange(num_classes) * num_rows // num_classes
+    names = list(report.classes)
+    if many:
+        ends = np.flatnonzero(np.diff(row_of, prepend=-1, append=num_rows))  # where each group begins
+        names = [f"{names[first]} … {names[last - 1]}" for first, last in itertools.pairwise(ends)]
     cell, size = (50, 19) if few else (12, 11)
-    names = [_shortened(name, size, 170) for name in report.classes]
+    names = [_shortened(name, size, 170) for name in names]
     label = max(_width(name, size) for name in names) + 8
     left, top = MARGIN + label + 20, MARGIN + 52 + label
-    side = cell * num_classes
-    title = f"Accuracy {100 * report.accuracy:.2f} % of {report.num_images:,} images"
+    side = cell * num_rows
     legend = "rows: true class, columns: predicted; colour: share of the row"
-    width = max(left + side, MARGIN + _width(legend, 16)) + MARGIN
+    if many:
+        legend = f"{num_classes:,} classes in {num_rows} groups of neighbours; {legend}"
+    width = max(left + side + many * PAIRS_WIDTH, MARGIN + _width(legend, 16)) + MARGIN
     image, draw = _canvas(width, top + side + MARGIN)
+    title = f"Accuracy {100 * report.accuracy:.2f} % of {report.num_images:,} images"
     draw.text((MARGIN, MARGIN - 4), title, fill=BLACK, font=_font(20))
     draw.text((MARGIN, MARGIN + 20), legend, fill=GREY, font=_font(16))
-    shares = report.confusion.double() / report.confusion.sum(1, keepdim=True).clamp(min=1)
-    # the root, so that mistakes of a few per cent show
-    ramp = np.array(WHITE) + shares.sqrt().numpy()[..., None] * (np.array(DARKEST) - np.array(WHITE))
     for row, name in enumerate(names):
-        middle = top + row * cell + cell // 2
-        draw.text((left - 8, middle), name, fill=BLACK, font=_font(size), anchor="rm")
+        draw.text((left - 8, top + row * cell + cell // 2), name, fill=BLACK, font=_font(size), anchor="rm")
         _upwards(image, left + row * cell + cell // 2, top - 6, name, size)
-        for column in range(num_classes):
-            x, y = left + column * cell, top + row * cell
-            colour = tuple(int(value) for value in ramp[row, column])
-            draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour, outline=LIGHT if few else None)
-            count = int(report.confusion[row, column])
-            if few and count:
-                ink = WHITE if shares[row, column] > 0.25 else BLACK
-                text = f"{count}" if count < 10_000 else f"{count / 1000:.0f}k"
-                draw.text((x + cell // 2, y + cell // 2), text, fill=ink, font=_font(18), anchor="mm")
-    draw.rectangle((left - 1, top - 1, left + side, top + side), outline=GREY)
+    rows, columns, counts = (part[report.cells[1] < num_classes].numpy() for part in report.cells)
+    matrix = np.zeros((num_rows, num_rows), np.int64)
+    np.add.at(matrix, (row_of[rows], row_of[columns]), counts)
+    _draw_cells(draw, matrix, (left, top), cell, few)
+    if many:
+        _draw_pairs(draw, report, left + side + 30, top)
     return np.asarray(image)
+
+
+def _draw_cells(draw: ImageDraw.ImageDraw, matrix: Any, corner: tuple[int, int], cell: int, few: bool) -> None:
+    """A matrix (R, R) of counts as cells of `cell` pixels, with their numbers where there are few."""
+    (left, top), side = corner, cell * len(matrix)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    # the root, so that mistakes of a few per cent show
+    ramp = np.array(WHITE) + np.sqrt(shares)[..., None] * (np.array(DARKEST) - np.array(WHITE))
+    for row, column in np.ndindex(*matrix.shape):
+        x, y = left + column * cell, top + row * cell
+        colour = tuple(int(value) for value in ramp[row, column])
+        draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour, outline=LIGHT if few else None)
+        if few and (count := int(matrix[row, column])):
+            ink = WHITE if shares[row, column] > 0.25 else BLACK
+            text = f"{count}" if count < 10_000 else f"{count / 1000:.0f}k"
+            draw.text((x + cell // 2, y + cell // 2), text, fill=ink, font=_font(18), anchor="mm")
+    draw.rectangle((left - 1, top - 1, left + side, top + side), outline=GREY)
+
+
+def _draw_pairs(draw: ImageDraw.ImageDraw, report: Report, left: int, top: int) -> None:
+    """The pairs of classes confused most, each with its share and number of the true class's images."""
+    size, step, bar = 14, 25, 120
+    columns = [left, left + 155, left + 310, left + 320 + bar]
+    for x, text in zip(columns, ("most confused: is", "said", "share of the class, images"), strict=False):
+        draw.text((x, top - 26), text, fill=GREY, font=_font(size))
+    for i, (label, prediction, count, share) in enumerate(report.worst_cells(NUM_PAIRS)):
+        y = top + i * step
+        names = [_shortened(report.classes[which], size, 145) for which in (label, prediction)]
+        draw.rectangle((columns[2], y + 2, columns[2] + round(bar * share), y + 16), fill=BLUE)
+        for x, text in zip(columns, (*names, "", f"{100 * share:.0f} %, {count:,}"), strict=True):
+            draw.text((x, y), text, fill=BLACK, font=_font(size))
 
 
 def _tile(image: Tensor, side: int) -> Image.Image:
@@ -123,7 +163,7 @@ def mistakes(found: Mistakes, classes: Sequence[str]) -> Picture:
     """Images that the net got wrong, the most confident mistake first, each with its class, the predicted class and the
     net's confidence in that."""
     captions = [
-        (f"is {classes[label]}", f"said {classes[prediction]}", f"{100 * confidence:.1f} % sure")
+        (f"is {printable(classes[label])}", f"said {printable(classes[prediction])}", f"{100 * confidence:.1f} % sure")
         for label, prediction, confidence in zip(
             found.labels.tolist(), found.predictions.tolist(), found.confidences.tolist(), strict=True
         )
@@ -135,7 +175,7 @@ def mistakes(found: Mistakes, classes: Sequence[str]) -> Picture:
 def training_images(images: Tensor, labels: Tensor, classes: Sequence[str]) -> Picture:
     """Images (N, 3, h, w) uint8 of a training batch as the net sees them, with their classes."""
     height, width = images.shape[2:]
-    captions = [(classes[label],) for label in labels.tolist()]
+    captions = [(printable(classes[label]),) for label in labels.tolist()]
     title = f"Training images as the net sees them, {height}x{width}"
     return _grid([_tile(image, 64) for image in images], captions, title, 8)
 

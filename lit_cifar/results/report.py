@@ -1,7 +1,9 @@
 """The report of a finished stage: accuracies from the confusion matrix, as a table and as results.json. metrics.py
 counts."""
 
+import functools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -11,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import lit_cifar
+from lit_cifar import log
 from lit_cifar.files import write_durably
-from lit_cifar.results.metrics import Calibration, Mistakes
+from lit_cifar.results.metrics import NUM_BINS, Calibration, Mistakes, Pairs
+from lit_cifar.text import printable
 
 try:
     import resource
@@ -24,12 +29,17 @@ except ImportError:  # Windows has no such thing
     resource = None  # type: ignore[assignment]
 
 
+MOST_LISTED = 100  # classes up to which a table lists them all, and dashboards get a curve for each
+NUM_WORST, NUM_BEST = 10, 5  # of more classes than that a table lists so many
+
+
 @dataclass(frozen=True)
 class Report:
     """Everything that is read from one confusion matrix, so that no two figures can disagree.
 
     Args:
-        confusion: (K, K) integers, rows true and columns predicted; its sum is the number of images.
+        confusion: (K, K) integers, rows true and columns predicted; its sum is the number of images. A column more,
+            where there is one, counts images whose logits are not finite: they predict no class. Dense or sparse.
         loss: mean cross-entropy.
         classes: names of the K classes.
         calibration: how confident the net was, and how often right.
@@ -42,13 +52,51 @@ class Report:
     calibration: Calibration
     mistakes: Mistakes
 
+    @classmethod
+    def of_nothing(cls, classes: tuple[str, ...]) -> "Report":
+        """The report of a stage in which no image was looked at."""
+        none, no_images = torch.zeros(NUM_BINS, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        mistakes = Mistakes(no_images.new_zeros((0, 3, 32, 32)).byte(), no_images, no_images, no_images.float())
+        confusion = Pairs.counted(no_images, len(classes))
+        return cls(confusion, math.nan, classes, Calibration(none, none, none.double()), mistakes)
+
+    @functools.cached_property
+    def cells(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, column and count of each cell of the matrix that is not 0, (n,) int64 each, by row and column.
+
+        There are at most as many as images, however many classes there are: all figures are computed of these.
+        """
+        sparse = self.confusion.to_sparse().coalesce()
+        rows, columns = sparse.indices()
+        return rows, columns, sparse.values()
+
+    def _per_class(self, chosen: Tensor) -> Tensor:
+        """Sums (K,) int64 of each class's counts in some of the cells (n,) bool."""
+        rows, _, counts = self.cells
+        return torch.zeros(len(self.classes), dtype=torch.int64).index_add_(0, rows[chosen], counts[chosen].long())
+
+    @functools.cached_property
+    def totals(self) -> Tensor:
+        """Images of each class, (K,) int64."""
+        return self._per_class(self.cells[1] >= 0)
+
+    @functools.cached_property
+    def rights(self) -> Tensor:
+        """Those of them that were classified right, (K,) int64."""
+        return self._per_class(self.cells[0] == self.cells[1])
+
     @property
     def num_images(self) -> int:
-        return int(self.confusion.sum())
+        return int(self.totals.sum())
 
     @property
     def num_correct(self) -> int:
-        return int(self.confusion.diag().sum())
+        return int(self.rights.sum())
+
+    @property
+    def num_not_finite(self) -> int:
+        """Images whose logits are not finite; they count as wrong."""
+        return int(self._per_class(self.cells[1] == len(self.classes)).sum())
 
     @property
     def accuracy(self) -> float:
@@ -58,67 +106,131 @@ class Report:
     @property
     def per_class_accuracy(self) -> dict[str, float]:
         """Share of each class's images classified right, 0 to 1; 0 for a class without images."""
-        right, total = self.confusion.diag().double(), self.confusion.sum(1)
-        return dict(zip(self.classes, (right / total.clamp(min=1)).tolist(), strict=True))
+        return dict(zip(self.classes, (self.rights / self.totals.clamp(min=1).double()).tolist(), strict=True))
 
     def scalars(self) -> dict[str, float]:
-        """Values by name for TensorBoard: loss, accuracy, calibration_error and accuracy/<class>."""
-        per_class = {f"accuracy/{name}": value for name, value in self.per_class_accuracy.items()}
+        """Values by name for dashboards: loss, accuracy, calibration_error and, of up to MOST_LISTED classes,
+        accuracy/<class>."""
         own = {"loss": self.loss, "accuracy": self.accuracy, "calibration_error": self.calibration.error}
-        return {**own, **per_class}
+        if len(self.classes) > MOST_LISTED:  # each would be a curve, and a metric to reduce over ranks
+            return own
+        return {**own, **{f"accuracy/{printable(name)}": value for name, value in self.per_class_accuracy.items()}}
+
+    def worst_cells(self, num_cells: int) -> list[tuple[int, int, int, float]]:
+        """Label, predicted class, number of images and their share of the label's, of the largest shares that are
+        wrong."""
+        rows, columns, counts = (cell.numpy() for cell in self.cells)
+        shares = counts / self.totals.numpy()[rows]
+        wrong = ((rows != columns) & (columns < len(self.classes))).nonzero()[0]
+        order = wrong[np.lexsort((-counts[wrong], -shares[wrong]))][:num_cells]
+        return [(int(rows[i]), int(columns[i]), int(counts[i]), float(shares[i])) for i in order]
 
     def confused_pairs(self, num_pairs: int = 5) -> list[tuple[str, str, float]]:
         """The pairs (true class, predicted class, share of the true class's images, 0 to 1) confused most often."""
-        shares = self.confusion.double() / self.confusion.sum(1, keepdim=True).clamp(min=1)
-        shares.fill_diagonal_(0)
-        most = shares.flatten().topk(min(num_pairs, shares.numel()))
         return [
-            (self.classes[position // len(self.classes)], self.classes[position % len(self.classes)], share)
-            for share, position in zip(most.values.tolist(), most.indices.tolist(), strict=True)
-            if share
+            (self.classes[label], self.classes[prediction], share)
+            for label, prediction, _, share in self.worst_cells(num_pairs)
         ]
 
     def table(self) -> str:
-        """Lines for people: overall accuracy in per cent, an aligned table of the classes', the pairs confused most."""
-        width = max(len("class"), *map(len, self.classes))
+        """Lines for people: overall accuracy in per cent, an aligned table of classes, the pairs confused most.
+
+        Of more than MOST_LISTED classes it has the worst and the best.
+        """
+        if not self.num_images:
+            return "No test image was looked at (--trainer.limit_test_batches): there is no accuracy and no loss"
+        listed, told = list(range(len(self.classes))), ""
+        if len(listed) > MOST_LISTED:
+            shares = (self.rights / self.totals.clamp(min=1).double()).tolist()
+            ranked = sorted((label for label in listed if self.totals[label]), key=shares.__getitem__)
+            listed = ranked[:NUM_WORST] + ranked[NUM_WORST:][-NUM_BEST:]
+            told = f"The worst and the best of {len(self.classes):,} classes; per_class_accuracy in the results has all"
+        names = {label: printable(self.classes[label]) for label in listed}
+        width = max(len("class"), *map(len, names.values()))
         counts = max(len("correct"), len(f"{self.num_images:,}"))
         lines = [
             f"Accuracy on the {self.num_images:,} test images: {100 * self.accuracy:.2f} %",
             "",
             f"{'class':<{width}}  accuracy  {'correct':>{counts}}  {'images':>{counts}}",
         ]
-        totals = self.confusion.sum(1).tolist()
-        rights = self.confusion.diag().tolist()
-        for (name, accuracy), right, total in zip(self.per_class_accuracy.items(), rights, totals, strict=True):
-            lines.append(f"{name:<{width}}  {100 * accuracy:6.2f} %  {right:{counts},}  {total:{counts},}")
+        for label, name in names.items():
+            right, total = int(self.rights[label]), int(self.totals[label])
+            share = f"{100 * right / max(1, total):6.2f} %"
+            lines.append(f"{name:<{width}}  {share}  {right:{counts},}  {total:{counts},}")
+        lines += ["", told] if told else []
         if pairs := self.confused_pairs():
-            said = ", ".join(f"{true} → {predicted} {100 * share:.0f} %" for true, predicted, share in pairs)
+            said = ", ".join(
+                f"{printable(true)} → {printable(predicted)} {100 * share:.0f} %" for true, predicted, share in pairs
+            )
             lines += ["", f"Most confused: {said}"]
         return "\n".join(lines)
 
+    def warnings(self, num_all: int | None = None) -> list[str]:
+        """What somebody should know who reads the figures: lines about some images that were not looked at, or whose
+        logits are not finite.
+
+        Args:
+            num_all: number of images of the set, where all were meant to be looked at.
+        """
+        found = []
+        if num_all is not None and 0 < self.num_images < num_all:
+            found.append(
+                f"{self.num_images:,} of {num_all:,} test images were looked at (--trainer.limit_test_batches): all "
+                "figures are of these, and a class without any has accuracy 0"
+            )
+        if self.num_not_finite:
+            found.append(
+                f"the logits of {self.num_not_finite:,} of {self.num_images:,} images are not finite: they count as "
+                "wrong, and there is no loss; choose a smaller --lr, or --precision 32-true if it was less"
+            )
+        elif self.num_images and not math.isfinite(self.loss):
+            found.append("the loss is infinite: the net gives a true class a logit of minus infinity")
+        return found
+
     def results(self) -> dict[str, Any]:
-        """The part of results.json that the confusion matrix decides."""
+        """The part of results.json that the confusion matrix decides; null for what was not measured.
+
+        `confusion_matrix` is K rows of K counts. A sparse one is null, and `confusion_counts` has a triple for each
+        cell that is not 0: true class, predicted class, count.
+        """
+        num_classes = len(self.classes)
+        dense = not self.confusion.is_sparse
+        matrix: dict[str, Any] = {"confusion_matrix": self.confusion[:, :num_classes].tolist() if dense else None}
+        if not dense:
+            cells = torch.stack(self.cells, dim=1)
+            matrix["confusion_counts"] = cells[cells[:, 1] < num_classes].tolist()
         return {
             "num_test": self.num_images,
-            "accuracy": self.accuracy,
-            "per_class_accuracy": self.per_class_accuracy,
-            "confusion_matrix": self.confusion.tolist(),
-            "loss": self.loss,
-            "calibration_error": self.calibration.error,
+            "accuracy": self.accuracy if self.num_images else None,
+            "per_class_accuracy": self.per_class_accuracy if self.num_images else None,
+            **matrix,
+            "num_not_finite": self.num_not_finite,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "calibration_error": self.calibration.error if self.num_images > self.num_not_finite else None,
         }
 
 
-def print_report(report: Report, without_tta: Report | None = None) -> None:
-    """Prints the accuracies for people, on standard output; with test-time augmentation, also the accuracy without."""
+def print_report(report: Report, without_tta: Report | None = None, num_all: int | None = None) -> None:
+    """Prints the accuracies for people, on standard output; with test-time augmentation, also the accuracy without.
+
+    What limits them is a warning on standard error; `num_all` is the number of images of the test set.
+    """
     print(f"\n{report.table()}")
     if without_tta is not None:
         print(f"\nWithout test-time augmentation: {100 * without_tta.accuracy:.2f} %")
+    for warning in report.warnings(num_all):
+        log.warn(warning)
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Writes results.json, with what it was measured with, whole or not at all."""
     results = {**results, "versions": versions(), "commit": commit()}
-    write_durably(path, (json.dumps(results, indent=2) + "\n").encode())
+    matrices = {key: results[key] for key in ("confusion_matrix", "confusion_counts") if results.get(key)}
+    text = json.dumps({**results, **dict.fromkeys(matrices)}, indent=2)
+    for key, matrix in matrices.items():  # a row is a line: with a line for each count, 1,000 classes took 10 MB
+        rows = ",\n    ".join(map(json.dumps, matrix))
+        text = text.replace(f'\n  "{key}": null', f'\n  "{key}": [\n    {rows}\n  ]', 1)
+    write_durably(path, f"{text}\n".encode())
 
 
 def peak_memory() -> dict[str, int | None]:

@@ -2,6 +2,7 @@
 reads states."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -189,6 +190,8 @@ class Checkpoints(Checkpoint):
             raise UserError(f"--checkpoint.monitor {self.monitor} is not logged: choose one of {names}")
         score = float(trainer.callback_metrics[self.monitor])
         sign = 1 if self.mode == "max" else -1
+        if math.isnan(score):
+            return  # no other score would be better than it
         if self.best_score is None or sign * score > sign * self.best_score:
             self.best_score, self.best_step = score, trainer.global_step
             self._save(trainer, "best")

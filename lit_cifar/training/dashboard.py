@@ -1,6 +1,7 @@
 """Fills TensorBoard's pages. results/pictures.py draws; model/module.py and progress.py log the scalars."""
 
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from lit_cifar.model.classifier import Classifier
 from lit_cifar.model.data import data_of
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.results import pictures
-from lit_cifar.results.report import commit, versions
+from lit_cifar.results.report import MOST_LISTED, commit, versions
+from lit_cifar.text import printable
 from lit_cifar.training.lines import write
 
 NUM_TRAINING_IMAGES = 32  # in the picture of what the net is given
@@ -46,7 +48,7 @@ class Dashboard(Callback):
         assert isinstance(pl_module, LitClassifier)
         writer = tensorboard.experiment
         config = yaml.safe_dump(pl_module.config, sort_keys=False)
-        writer.add_text("config", f"```yaml\n{config}```")
+        writer.add_text("config", _verbatim(config))
         writer.add_text("run", self._origin())
         stages = ["val", "test"] if data_of(trainer).num_val else ["test"]
         writer.add_custom_scalars(charts(stages, pl_module.classes))
@@ -63,7 +65,7 @@ class Dashboard(Callback):
         pl_module.net.train(training)
 
     def _origin(self) -> str:
-        rows = {"command": f"`{self.command}`", "commit": commit() or "unknown", **versions()}
+        rows = {"command": _code(self.command), "commit": commit() or "unknown", **versions()}
         return "\n".join(["| what | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,7 +92,7 @@ class Dashboard(Callback):
         self._draw(trainer, pl_module, "test")
         writer = tensorboard.experiment
         report = pl_module.reports["test"]
-        writer.add_text("test/classes", f"```\n{report.table()}\n```", trainer.global_step)
+        writer.add_text("test/classes", _verbatim("\n".join([report.table(), *report.warnings()])), trainer.global_step)
         # TensorBoard finds the values under these tags, where the test logged them; logger.log_hyperparams would log
         # them once more
         tags = dict.fromkeys(("test/accuracy", "test/loss", "test/calibration_error"), 0.0)
@@ -128,13 +130,26 @@ def _tensorboard(trainer: Trainer) -> TensorBoardLogger | None:
     return next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
 
 
+def _verbatim(lines: str) -> str:
+    """Lines as a block of Markdown that shows them as they are; a fenced one would end at ``` in a class's name."""
+    return textwrap.indent(lines, "    ")
+
+
+def _code(text: str) -> str:
+    """A line as code in a cell of a Markdown table, whatever it contains."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{' ' * ('`' in text)}{printable(text)}{' ' * ('`' in text)}{fence}"
+
+
 def charts(stages: Sequence[str], classes: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     """The layout of TensorBoard's Custom Scalars page; one pattern of one chart matches each tag.
 
-    Patterns name no more of a run than they must: TensorBoard joins equal charts of several runs, and no others.
+    Patterns name no more of a run than they must: TensorBoard joins equal charts of several runs, and no others. More
+    than MOST_LISTED classes have no curves.
     """
     accuracy = {}
-    for stage in stages:
+    classes = [printable(name) for name in classes]
+    for stage in stages if len(classes) <= MOST_LISTED else ():
         if len(classes) <= CLASSES_PER_CHART:
             accuracy[f"{stage}: accuracy of each class"] = ["Multiline", [f"^{stage}/accuracy/.+$"]]
             continue
@@ -143,7 +158,7 @@ def charts(stages: Sequence[str], classes: Sequence[str]) -> dict[str, dict[str,
             title = f"{stage}: accuracy of each class, {of_chart[0]} to {of_chart[-1]}"
             accuracy[title] = ["Multiline", [f"^{stage}/accuracy/{re.escape(name)}$" for name in of_chart]]
     return {
-        "accuracy": accuracy,
+        **({"accuracy": accuracy} if accuracy else {}),
         "loss": {"training and validation loss": ["Multiline", ["^train/loss$", "^val/loss$"]]},
         "learning rates": {"learning rate of each parameter group": ["Multiline", ["^lr/.+$"]]},
     }

@@ -26,8 +26,9 @@ class Progress(Callback):
     of what Watch finds in them, and stops a training run whose loss or gradients are no longer finite.
 
     Losses stay on the device until they are logged, so that nothing waits for the device between logging steps. Each
-    mean is over all ranks and all steps since the one before. Times leave out validation and what else happens between
-    two epochs.
+    mean is over all ranks and all steps since the one before. The learning rates of step N are those that it was taken
+    with, and the gradient norm is that of its gradients, clipped where they are. Times leave out validation and what
+    else happens between two epochs.
 
     Args:
         every_n_steps: steps of an epoch between two printed lines; shorter epochs print one at their end.
@@ -43,6 +44,7 @@ class Progress(Callback):
         self._printed = [0.0, 0]
         self._logged_step = 0
         self._speeds = {"logged": Speed(), "printed": Speed()}
+        self._rates: list[float] = []  # of the parameter groups in the newest step; after it the scheduler moves them
         self._watch = Watch()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,11 +57,18 @@ class Progress(Callback):
             num_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
             folder = f"; run folder {self.run.folder}" if self.run else ""
             write(trainer, f"training {num_parameters:,} parameters{folder}")
+            if trainer.limit_val_batches == 0 and (num_val := data_of(trainer).num_val):
+                warn(
+                    trainer,
+                    f"--trainer.limit_val_batches 0: the {num_val:,} images of --data.num_val are neither trained on "
+                    "nor looked at, and no best state is chosen",
+                )
         self.train_started, self.first_step_seconds = time.perf_counter(), 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         for speed in self._speeds.values():
             speed.resume()
+        self._rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
@@ -83,6 +92,8 @@ class Progress(Callback):
                 f"epoch {trainer.current_epoch + 1}  validation accuracy {100 * report.accuracy:.2f} %, "
                 f"loss {report.loss:.3f}",
             )
+            if warning := self._watch.validation(trainer.global_step, report):
+                warn(trainer, warning)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -142,8 +153,8 @@ class Progress(Callback):
         self._logged = [0.0, 0]
         if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):  # others give a rank parts of gradients
             metrics["train/gradient_norm"] = self._gradient_norm(trainer, pl_module)
-        for group in trainer.optimizers[0].param_groups:
-            metrics[f"lr/{group['name']}"] = group["lr"]
+        for group, rate in zip(trainer.optimizers[0].param_groups, self._rates, strict=True):
+            metrics[f"lr/{group['name']}"] = rate
         pace = self._speeds["logged"].read(waited_seconds(trainer))
         metrics |= pace.figures(data_of(trainer).batch_size, trainer.accumulate_grad_batches)
         for name, num_bytes in peak_memory().items():

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_cifar.data.loader import DeviceLoader
 from lit_cifar.model.module import LitClassifier
+from lit_cifar.results.report import Report
 from lit_cifar.run.folder import Run
 
 STARVES = 0.5  # share of a step that it waits for its images
@@ -65,6 +66,11 @@ class Watch:
             f"the loss is {loss:.4g} at step {step}, where guessing costs {guessing:.3f}: training diverges; stop "
             "it and choose a smaller --lr, or let it begin small with --model.warmup",
         )
+
+    def validation(self, step: int, report: Report) -> str | None:
+        """Judges the logits of a validation: they may overflow in 16 bits though all weights are finite."""
+        warnings = report.warnings()
+        return self._once("not finite", bool(warnings), f"validation at step {step}: {'; '.join(warnings)}")
 
     def data(self, step: int, wait_ms: float, step_ms: float, num_workers: int | None, num_cores: int) -> str | None:
         """Judges the time that a step waits for its images; `num_workers` is None where no workers make them."""
