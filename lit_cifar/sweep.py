@@ -198,6 +198,9 @@ class Sweep:
             return {}, str(error)
         except torch.OutOfMemoryError:
             return {}, "the GPU's memory is too small"
+        finally:
+            if command.run is not None:
+                command.run.unlock()
 
     def _print_newest(self) -> None:
         trials = trials_of(self.study)
@@ -269,7 +272,11 @@ class Sweep:
         command.trainer.fit_loop.load_state_dict(state["loops"]["fit_loop"])
         assert command.checkpoints is not None
         command.checkpoints.load_state_dict(state.chosen)
-        fit.finish(command, time.perf_counter() - seconds["total"], seconds)
+        try:
+            fit.finish(command, time.perf_counter() - seconds["total"], seconds)
+        finally:
+            if command.run is not None:
+                command.run.unlock()
 
 
 class _Judge(Callback):

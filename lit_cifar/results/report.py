@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,10 +116,10 @@ def print_report(report: Report, without_tta: Report | None = None) -> None:
         print(f"\nWithout test-time augmentation: {100 * without_tta.accuracy:.2f} %")
 
 
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, with what it was measured with, whole or not at all."""
+def write_results(path: Path, results: dict[str, Any], write: Callable[[Path, bytes], None] = write_durably) -> None:
+    """Writes results.json, with what it was measured with, whole or not at all; `write` writes the bytes."""
     results = {**results, "versions": versions(), "commit": commit()}
-    write_durably(path, (json.dumps(results, indent=2) + "\n").encode())
+    write(path, (json.dumps(results, indent=2) + "\n").encode())
 
 
 def peak_memory() -> dict[str, int | None]:
