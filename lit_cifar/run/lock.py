@@ -37,13 +37,14 @@ class FolderLock:
         self.path = path
         self._handle: int | None = None
 
-    def acquire(self, seconds: float = WAIT_SECONDS) -> None:
-        """Takes the lock, waiting for a while; warns where nothing can tell whether another process is at work.
+    def acquire(self) -> None:
+        """Takes the lock, waiting for WAIT_SECONDS; warns where nothing can tell whether another process is at work.
 
         Raises:
             UserError: another process has it, or the folder cannot be written.
         """
-        end = time.monotonic() + seconds
+        end = time.monotonic() + WAIT_SECONDS
+        is_told = False
         while self._handle is None:
             with writing(self.path, "make its folder writable"):
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT | FLAGS, 0o666)
@@ -63,6 +64,11 @@ class FolderLock:
                 if self._handle is None:
                     os.close(handle)
             if self._handle is None:
+                if not is_told and locked is False:
+                    is_told = True
+                    log.tell(
+                        f"{self.path.parent} is in use by {holder or 'another process'}: waiting for {WAIT_SECONDS:g} s"
+                    )
                 time.sleep(0.1)
                 continue
             if hasattr(os, "register_at_fork"):
