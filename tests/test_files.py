@@ -142,20 +142,39 @@ def test_a_link_that_a_person_named_is_followed_and_one_in_a_runs_folder_is_repl
     assert "symbolic links" in error_of(write_json, tmp_path / "loop")
 
 
+def device(folder: Path, name: str) -> Path:
+    """/dev/null or /dev/full; for root, whom nothing would keep from replacing those, one like it in `folder`."""
+    path = Path("/dev", name)
+    if not path.exists():
+        pytest.skip(f"this system has no {path}")
+    if os.geteuid() == 0:
+        try:
+            os.mknod(folder / name, stat.S_IFCHR | 0o666, os.stat(path).st_rdev)
+            path = folder / name
+            path.open("rb").close()
+        except OSError as error:
+            pytest.skip(f"no device can be made or used here: {error}")
+    return path
+
+
 @POSIX
 def test_a_device_is_written_to_and_stays_one(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("/dev/null")
-    for path in (Path("/dev/null"), tmp_path / "link"):
+    null = device(tmp_path, "null")
+    (tmp_path / "link").symlink_to(null)
+    for path in (null, tmp_path / "link"):
         check_output(path, "")
         write_output(path, b"gone")
         with pytest.raises(OSError, match="it is no regular file"):
-            write_durably(Path("/dev/null"), b"")
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+            write_durably(null, b"")
+    assert stat.S_ISCHR(null.stat().st_mode)
     assert (tmp_path / "link").is_symlink()
-    if Path("/dev/full").exists():
-        assert "/dev/full cannot be written (No space left on device): choose" in error_of(
-            write_json, Path("/dev/full")
-        )
+
+
+@POSIX
+def test_a_full_device_is_one_line(tmp_path: Path) -> None:
+    full = device(tmp_path, "full")
+    assert f"{full} cannot be written (No space left on device): choose" in error_of(write_json, full)
+    assert stat.S_ISCHR(full.stat().st_mode)
 
 
 @POSIX
@@ -176,9 +195,10 @@ def test_a_pipe_gets_the_bytes_once_something_reads_it(tmp_path: Path, monkeypat
 
 
 @POSIX
-@pytest.mark.parametrize("output", ["/dev/stdout", "out.txt"])
+@pytest.mark.parametrize("output", ["stdout", "out.txt"])
 def test_standard_output_gets_the_bytes_where_it_is_even_if_it_is_a_file(tmp_path: Path, output: str) -> None:
-    code = f"from lit_cifar.files import *; print('a'); write_output(Path('{output}'), b'b\\n'); print('c')"
+    (tmp_path / "stdout").symlink_to("/dev/stdout")  # not itself, which root could replace
+    code = f"from lit_cifar.files import *; print('a'); write_output(Path('{tmp_path / output}'), b'b\\n'); print('c')"
     with open(tmp_path / "out.txt", "wb") as out:
         subprocess.run(
             [sys.executable, "-c", code], stdout=out, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
@@ -220,7 +240,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(
 
 
 @POSIX
-def test_a_test_writes_where_it_is_told_and_loses_no_report(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_test_writes_where_it_is_told_and_loses_no_report(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = ["--ckpt_path", str(trained / "checkpoints/last.ckpt"), "--trainer.limit_test_batches", "1", "--output"]
     Path("link").symlink_to("results.json")
     lit_cifar.test.main([*args, "link"])
@@ -230,6 +252,6 @@ def test_a_test_writes_where_it_is_told_and_loses_no_report(trained: Path, capsy
     Path("folder").mkdir()
     assert "it is a folder" in error_of(lit_cifar.test.main, [*args, "folder"])
     assert capsys.readouterr().out == "", "before it tests"
-    if Path("/dev/full").exists():
-        assert "No space left" in error_of(lit_cifar.test.main, [*args, "/dev/full"])
-        assert "Accuracy on the 500 test images" in capsys.readouterr().out
+    full = device(tmp_path, "full")
+    assert "No space left" in error_of(lit_cifar.test.main, [*args, str(full)])
+    assert "Accuracy on the 500 test images" in capsys.readouterr().out
