@@ -149,7 +149,10 @@ def _resumed(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     """The state that --resume means, and its config."""
     machine.set_log_level(settings.log_level)
     resume = os.environ.get(log.CHILD_VARIABLE, settings.resume)
-    path = find_checkpoint(resume, Path(settings["trainer.default_root_dir"] or ".")) if resume else None
+    try:
+        path = find_checkpoint(resume, Path(settings["trainer.default_root_dir"] or ".")) if resume else None
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"--resume {resume}: {error.filename} cannot be read ({error.strerror})") from None
     if path is None:
         return None
     state = read_checkpoint(path)

@@ -21,7 +21,15 @@ from lit_cifar.cli import machine
 from lit_cifar.cli.command import CLI, set_up
 from lit_cifar.cli.parser import Parser
 from lit_cifar.cli.space import Values, corners, distribution, flag_text, read_space
-from lit_cifar.cli.study import check_unchanged, import_optuna, mark_killed, open_study, trials_of, write_trial
+from lit_cifar.cli.study import (
+    best_config,
+    check_unchanged,
+    import_optuna,
+    mark_killed,
+    open_study,
+    trials_of,
+    write_trial,
+)
 from lit_cifar.errors import DivergedError, UserError
 from lit_cifar.files import write_durably, writing
 from lit_cifar.model.module import LitClassifier
@@ -241,7 +249,7 @@ class Sweep:
         num_trials = len(trials_of(self.study))
         lines = [f"# The best of {num_trials} trials of a sweep over {printable(self.file.name)}: {title}."]
         lines += [f"#   {value}" for value in values]
-        config = self.storage.with_suffix(".best.yaml")
+        config = best_config(self.storage)
         with writing(config, "make its folder writable, and start the sweep again: only the test is left"):
             write_durably(config, "\n".join([*lines, run.config.read_text()]).encode())
         print(f"Its config: {config}")

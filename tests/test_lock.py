@@ -18,6 +18,8 @@ import lit_cifar.fit
 import lit_cifar.test
 from lit_cifar import runs
 from lit_cifar.cli.command import CLI
+from lit_cifar.cli.study import open_study
+from lit_cifar.errors import UserError
 from lit_cifar.run import lock
 from lit_cifar.run.folder import LOCK, RUNS, Run
 
@@ -238,3 +240,13 @@ def test_what_another_process_saved_until_then_is_what_the_run_goes_on_from(monk
     monkeypatch.setattr(CLI, "begin", begin_late)
     lit_cifar.fit.main(["--resume", str(last), "--max_epochs", "2"])
     assert steps == [4, 8], "TensorBoard would forget what the other one wrote"
+
+
+def test_a_sweep_finds_what_is_in_its_way_before_the_first_trial() -> None:
+    pytest.importorskip("optuna")
+    Path("trials.lock").write_text("precious")
+    for storage, reason in (("trials.lock", "is the name of a lock"), ("n" * 250 + ".db", "File name too long")):
+        with pytest.raises(UserError, match=reason), open_study(Path(storage)):
+            pass
+    assert Path("trials.lock").read_text() == "precious"
+    assert os.listdir() == ["trials.lock"]

@@ -451,6 +451,10 @@ def test_before_the_first_save_weights_that_are_not_finite_propose_no_checkpoint
         run.checkpoint("last").touch()
 
 
+def test_a_name_that_is_too_long_is_one_line() -> None:
+    assert "cannot be read (File name too long)" in error_of(fit, "--resume", "n" * 256)
+
+
 def test_what_stands_in_the_way_of_results_is_found_before_training() -> None:
     fit("--max_epochs", "1")
     run = RUNS / "version_0"
