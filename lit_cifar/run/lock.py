@@ -44,7 +44,6 @@ class FolderLock:
             UserError: another process has it, or the folder cannot be written.
         """
         end = time.monotonic() + WAIT_SECONDS
-        is_told = False
         while self._handle is None:
             with writing(self.path, "make its folder writable"):
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT | FLAGS, 0o666)
@@ -64,11 +63,6 @@ class FolderLock:
                 if self._handle is None:
                     os.close(handle)
             if self._handle is None:
-                if not is_told and locked is False:
-                    is_told = True
-                    log.tell(
-                        f"{self.path.parent} is in use by {holder or 'another process'}: waiting for {WAIT_SECONDS:g} s"
-                    )
                 time.sleep(0.1)
                 continue
             if hasattr(os, "register_at_fork"):
