@@ -22,13 +22,14 @@ from lit_cifar.cli.parser import NetParser
 from lit_cifar.data.official import DEFAULT_DATA_DIR
 from lit_cifar.data.source import find_source
 from lit_cifar.errors import UserError
-from lit_cifar.files import write_durably, writing
+from lit_cifar.files import check_output, write_output, writing
 from lit_cifar.model.classifier import Classifier, load
 from lit_cifar.run.read import read_checkpoint
 
 LARGEST_DIFFERENCE = 1e-4  # of an exported net's logits
 NUM_COMPARED = 256  # images at a time; does not divide a test set's size, so that batches of two sizes are tried
 METADATA = "lit_cifar.json"  # the name of the settings within a file of torch.export
+WAY_OUT = "name another file with --output"
 Predict = Callable[[Tensor], Tensor]  # images (B, 3, 32, 32) uint8 to logits (B, K)
 
 
@@ -57,8 +58,7 @@ def main(args: list[str]) -> None:
     output = Path(options.output)
     if output.suffix not in FORMATS:
         raise UserError(f"--output {output}: choose a name that ends in {', '.join(FORMATS)}")
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file in it")
+    check_output(output, WAY_OUT)
     form = FORMATS[output.suffix]
     for package in form.packages:
         try:
@@ -86,8 +86,8 @@ def main(args: list[str]) -> None:
     )
     if num_same < len(images) or not difference <= form.largest_difference:
         raise UserError(f"{output} is not written; it was compared {compared}")
-    with writing(output, "choose another place with --output"):
-        write_durably(output, data)
+    with writing(output, WAY_OUT):
+        write_output(output, data)
     print(f"Compared {compared}")
     print(f"Exported {output}: images uint8 (batch, 3, 32, 32) to logits (batch, {len(classes)}), {len(data):,} bytes")
 

@@ -1,44 +1,116 @@
 """Files that are whole or absent, whatever happens in between. What is in them is the callers'."""
 
+import contextlib
+import errno
 import os
 import re
-import tempfile
+import stat
+import sys
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from lit_cifar import log
 from lit_cifar.errors import UserError
+
+READER_SECONDS = 60.0  # that a named pipe may lack a reader
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
     """Opens a temporary file beside `path` that takes its place, durably, when the block ends without an error.
 
+    A link is replaced, not followed: one in a folder from elsewhere cannot choose another place to write to.
+
     Raises:
-        OSError: the folder cannot be written, or the disk is full; what `path` held is untouched.
+        OSError: the folder cannot be written, the disk is full, or `path` is no file; what it held is untouched.
     """
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    # with a part of the name only, as names end at 255 bytes
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _check_replaceable(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+            raise OSError(errno.EEXIST, "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
 
 
 def write_durably(path: Path, data: bytes) -> None:
     """Writes `data` to `path`, whole or not at all, and onto the disk before it returns."""
     with replaced(path) as file:
         file.write(data)
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Writes `data` where a person said: as `write_durably`, but links are followed, and a device, a pipe or this
+    process's own standard output is written to, never replaced.
+
+    Raises:
+        OSError: as `replaced`; or nothing reads a named pipe for READER_SECONDS.
+    """
+    target = _target(path)
+    handle = None if target is None else _handle_of_stream(target)
+    if handle is None and target is not None and not stat.S_ISREG(target.st_mode) and not stat.S_ISDIR(target.st_mode):
+        handle = _open_special(path, target)
+    if handle is None:
+        write_durably(Path(os.path.realpath(path)), data)
+        return
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+
+
+def _target(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:  # or a link that leads nowhere yet
+        return None
+
+
+def _handle_of_stream(target: os.stat_result) -> int | None:
+    """A handle that goes on where standard output or error is, if that is the target; it may be a file."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError, ValueError):  # closed, or not a file at all
+            if os.path.samestat(os.fstat(stream.fileno()), target):
+                stream.flush()
+                return os.dup(stream.fileno())
+    return None
+
+
+def _open_special(path: Path, target: os.stat_result) -> int:
+    if not stat.S_ISFIFO(target.st_mode):
+        return os.open(path, os.O_WRONLY)
+    end = time.monotonic() + READER_SECONDS
+    is_told = False
+    while True:
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # or it waits for a reader for ever
+            os.set_blocking(handle, True)
+            return handle
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+        if time.monotonic() > end:
+            raise OSError(errno.ENXIO, f"nothing has read this pipe for {READER_SECONDS:.0f} s")
+        if not is_told:
+            log.tell(f"waiting for something that reads the pipe {path}")
+            is_told = True
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -52,6 +124,32 @@ def writing(path: Path, way_out: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}): {way_out}") from error
+
+
+def check_place(path: Path, way_out: str) -> None:
+    """Checks, before the work whose result goes to `path`, that `write_durably` can write it, as far as can be told
+    without writing.
+
+    Raises:
+        UserError: as `writing`.
+    """
+    with writing(path, way_out):
+        _check_replaceable(path)
+        folder = path.absolute().parent
+        while not os.path.lexists(folder):  # missing folders are made
+            folder = folder.parent
+        if not os.path.isdir(folder):
+            raise OSError(errno.ENOTDIR, f"{folder} is no folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, f"the folder {folder} cannot be written")
+
+
+def check_output(path: Path, way_out: str) -> None:
+    """As `check_place`, for `write_output`."""
+    with writing(path, way_out):
+        target = _target(path)
+    if target is None or stat.S_ISREG(target.st_mode) or stat.S_ISDIR(target.st_mode):
+        check_place(Path(os.path.realpath(path)), way_out)
 
 
 def local_path(path: str | os.PathLike[str], setting: str) -> Path:

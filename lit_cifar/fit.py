@@ -4,20 +4,23 @@ import time
 
 _started = time.perf_counter()  # before the imports, which are part of what a run costs
 
+import contextlib  # noqa: E402
 import gc  # noqa: E402
+import json  # noqa: E402
 import os  # noqa: E402
 from datetime import datetime, timezone  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from jsonargparse import Namespace  # noqa: E402
+from lightning.pytorch import Trainer  # noqa: E402
 
 from lit_cifar import log  # noqa: E402
 from lit_cifar.cli import machine  # noqa: E402
 from lit_cifar.cli.command import CLI, set_up  # noqa: E402
 from lit_cifar.cli.parser import TRUST, Parser  # noqa: E402
 from lit_cifar.errors import UserError  # noqa: E402
-from lit_cifar.files import writing  # noqa: E402
+from lit_cifar.files import check_place, writing  # noqa: E402
 from lit_cifar.model.classifier import checked_config  # noqa: E402
 from lit_cifar.results.report import peak_memory, print_report, write_results  # noqa: E402
 from lit_cifar.run.folder import Run  # noqa: E402
@@ -38,7 +41,11 @@ def main(args: list[str]) -> None:
         add_arguments=add_arguments,
     )
     prepare(command, "fit", "test")
-    finish(command, started, train(command, started))
+    try:
+        finish(command, started, train(command, started))
+    finally:
+        if command.run is not None:
+            command.run.unlock()
 
 
 def prepare(command: CLI, *stages: str) -> None:
@@ -62,6 +69,7 @@ def prepare(command: CLI, *stages: str) -> None:
         command.model.trainer, command.trainer.datamodule = command.trainer, data  # type: ignore[attr-defined]
         check_state(command.state, command.trainer, command.model)
         _check_position(command.state, command.plain_config, len(data.train_batches()))
+        _check_length(command.state, command.trainer)
     command.model.set_classes(data.classes)
 
 
@@ -77,18 +85,22 @@ def train(command: CLI, started: float) -> dict[str, float]:
     """
     trainer = command.trainer
     command.begin()
+    if command.run is not None:
+        command.run.started, command.run.earlier = started, _earlier_seconds(command.run, command.state)
+        if command.trainer.is_global_zero:
+            check_place(command.run.results, "move it away, or make its folder writable")
     path = command.state.path if command.state else None
     command.state = None  # its tensors are as large as the net's
     gc.freeze()  # what is imported stays: searching it for garbage took 0.2 s before an epoch of 12,500 steps
     fit_started = time.perf_counter()
     with machine.inherited(log.CHILD_VARIABLE, str(path or "")):
         trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
-    fit_seconds = time.perf_counter() - fit_started
+    fit_ended = time.perf_counter()
     progress = next(callback for callback in trainer.callbacks if isinstance(callback, Progress))  # type: ignore[attr-defined]
     return {
-        "start": progress.train_started - started,
+        "start": (progress.train_started or fit_ended) - started,  # the latter if nothing was left to train
         "first_step": progress.first_step_seconds,
-        "fit": fit_seconds,
+        "fit": fit_ended - fit_started,
     }
 
 
@@ -108,12 +120,17 @@ def finish(command: CLI, started: float, seconds: dict[str, float]) -> None:
     trainer.test(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
     if not trainer.is_global_zero:
         return
-    if run is not None:  # first: what is printed may fail, on a terminal that is gone or cannot show it
-        now = time.perf_counter()
-        seconds = {**seconds, "test": now - test_started, "total": now - started}
-        with writing(run.results, f"make room or fix the folder, then test again with --resume {run.folder}"):
-            write_results(run.results, _results(command, tested, seconds))
-    print_report(model.reports["test"], model.reports.get("plain"), num_all=len(data.test.labels))
+    try:
+        if run is not None:  # first: what is printed may fail, on a terminal that is gone or cannot show it
+            now = time.perf_counter()
+            piece = {**seconds, "test": now - test_started, "total": now - started}
+            pieces = [*run.earlier, piece]
+            whole = {key: sum(piece.get(key, 0.0) for piece in pieces) for key in piece}
+            again = f", then test again with --resume {run.folder}" if run.checkpoint("last").is_file() else ""
+            with writing(run.results, f"make room or fix the folder{again}"):
+                write_results(run.results, _results(command, tested, {**whole, "pieces": pieces}))
+    finally:
+        print_report(model.reports["test"], model.reports.get("plain"), num_all=len(data.test.labels))
     if run is not None:
         print(f"\nRun: {run.folder}\nDashboards: tensorboard --logdir {run.folder.parent}")
 
@@ -132,7 +149,10 @@ def _resumed(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     """The state that --resume means, and its config."""
     machine.set_log_level(settings.log_level)
     resume = os.environ.get(log.CHILD_VARIABLE, settings.resume)
-    path = find_checkpoint(resume, Path(settings["trainer.default_root_dir"] or ".")) if resume else None
+    try:
+        path = find_checkpoint(resume, Path(settings["trainer.default_root_dir"] or ".")) if resume else None
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"--resume {resume}: {error.filename} cannot be read ({error.strerror})") from None
     if path is None:
         return None
     state = read_checkpoint(path)
@@ -140,6 +160,41 @@ def _resumed(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     if Run.of(path, state.identity) is None:  # a run begins, and where is not up to a file
         config.get("trainer", {}).pop("default_root_dir", None)
     return state, config
+
+
+def _check_length(state: State, trainer: Trainer) -> None:
+    """What a run has behind it cannot be taken back; as much again is a run with nothing left to train."""
+    (position,) = state["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    num_epochs = position["epoch"] + (position["batch"] > 0)  # begun
+    for flag, limit, done in (
+        ("max_epochs", trainer.max_epochs, num_epochs),
+        ("max_steps", trainer.max_steps, state.step),
+    ):
+        if limit is not None and 0 <= limit < done:
+            raise UserError(
+                f"--{flag} {limit} is less than the {done} that {state.path} has behind it: choose at least {done}, or "
+                "resume from an earlier checkpoint"
+            )
+
+
+def _earlier_seconds(run: Run, state: State | None) -> list[dict[str, float]]:
+    """Seconds of each piece of the run that led to a state: of results.json, if that is of this state and so knows of
+    its test too, else of the state; empty where neither was noted."""
+    if state is None:
+        return []
+    noted: Any = state.chosen.get("seconds")
+    if run.is_claimed:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            results = json.loads(run.results.read_bytes())
+            if results["num_steps"] == state.step:
+                noted = results["seconds"].get("pieces", [results["seconds"]])
+    is_known = isinstance(noted, list) and all(isinstance(piece, dict) for piece in noted)
+    return [{key: _seconds(value) for key, value in piece.items()} for piece in noted] if is_known else []
+
+
+def _seconds(value: Any) -> float:
+    """A number of seconds that a file holds; 0 for anything else there."""
+    return float(value) if type(value) in (int, float) and 0 <= value < 1e12 else 0.0
 
 
 def _check_position(state: State, config: dict[str, Any], num_batches: int) -> None:
@@ -161,7 +216,7 @@ def _check_position(state: State, config: dict[str, Any], num_batches: int) -> N
         )
 
 
-def _results(command: CLI, tested: str | None, seconds: dict[str, float]) -> dict[str, Any]:
+def _results(command: CLI, tested: str | None, seconds: dict[str, Any]) -> dict[str, Any]:
     data = command.datamodule
     return {
         "recipe": command.model.recipe,

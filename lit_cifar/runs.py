@@ -110,7 +110,8 @@ def read_run(folder: Path) -> Row:
             seconds=_number(results["seconds"]["total"]),
             devices=int(_number(results["devices"])),
             when=None if (when := _text(results.get("when"))) is None else _utc(when).isoformat(),
-            state="done",
+            # results.json is of the newest state: it is set aside before one is saved that is newer
+            state="running again" if run.is_in_use else "done",
         )
     except FileNotFoundError:
         return replace(without_results, state=_state_without_results(run))
@@ -129,7 +130,7 @@ def _state_without_results(run: Run) -> str:
         pass
     except (OSError, *MALFORMED):
         has = f"{TRIAL} is damaged, {has}"
-    return f"no results: {has}"
+    return f"{'running' if run.is_in_use else 'no results'}: {has}"
 
 
 def sorted_rows(rows: list[Row], key: str) -> list[Row]:

@@ -21,7 +21,15 @@ from lit_cifar.cli import machine
 from lit_cifar.cli.command import CLI, set_up
 from lit_cifar.cli.parser import Parser
 from lit_cifar.cli.space import Values, corners, distribution, flag_text, read_space
-from lit_cifar.cli.study import check_unchanged, import_optuna, mark_killed, open_study, trials_of, write_trial
+from lit_cifar.cli.study import (
+    best_config,
+    check_unchanged,
+    import_optuna,
+    mark_killed,
+    open_study,
+    trials_of,
+    write_trial,
+)
 from lit_cifar.errors import DivergedError, UserError
 from lit_cifar.files import write_durably, writing
 from lit_cifar.model.module import LitClassifier
@@ -198,6 +206,9 @@ class Sweep:
             return {}, str(error)
         except torch.OutOfMemoryError:
             return {}, "the GPU's memory is too small"
+        finally:
+            if command.run is not None:
+                command.run.unlock()
 
     def _print_newest(self) -> None:
         trials = trials_of(self.study)
@@ -238,7 +249,7 @@ class Sweep:
         num_trials = len(trials_of(self.study))
         lines = [f"# The best of {num_trials} trials of a sweep over {printable(self.file.name)}: {title}."]
         lines += [f"#   {value}" for value in values]
-        config = self.storage.with_suffix(".best.yaml")
+        config = best_config(self.storage)
         with writing(config, "make its folder writable, and start the sweep again: only the test is left"):
             write_durably(config, "\n".join([*lines, run.config.read_text()]).encode())
         print(f"Its config: {config}")
@@ -269,7 +280,11 @@ class Sweep:
         command.trainer.fit_loop.load_state_dict(state["loops"]["fit_loop"])
         assert command.checkpoints is not None
         command.checkpoints.load_state_dict(state.chosen)
-        fit.finish(command, time.perf_counter() - seconds["total"], seconds)
+        try:
+            fit.finish(command, time.perf_counter() - seconds["total"], seconds)
+        finally:
+            if command.run is not None:
+                command.run.unlock()
 
 
 class _Judge(Callback):

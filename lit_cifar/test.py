@@ -11,7 +11,7 @@ from lit_cifar.cli import machine
 from lit_cifar.cli.command import set_up
 from lit_cifar.cli.parser import TRUST, Parser
 from lit_cifar.errors import UserError
-from lit_cifar.files import writing
+from lit_cifar.files import check_output, write_durably, write_output, writing
 from lit_cifar.model.classifier import checked_config
 from lit_cifar.results.report import print_report, write_results
 from lit_cifar.run.folder import Run
@@ -19,6 +19,7 @@ from lit_cifar.run.read import State, read_checkpoint
 
 # of the checkpoint's config; by its batch size threads and kernels are chosen, as they were for the run's own test
 DATA_KEYS = ("data_dir", "dataset", "batch_size", "eval_batch_size", "mirrors")
+WAY_OUT = "choose another place with --output"
 
 
 def main(args: list[str]) -> None:
@@ -35,6 +36,11 @@ def main(args: list[str]) -> None:
     trainer, model, data, state = command.trainer, command.model, command.datamodule, command.state
     if state is None:
         raise UserError("--ckpt_path FILE is missing: name a checkpoint, such as a run's checkpoints/last.ckpt")
+    run = Run.of(state.path, state.identity)
+    chosen = command.options["output"]
+    output = Path(chosen or (run.folder if run else Path()) / f"test-{state.path.stem}.json")
+    if trainer.is_global_zero:
+        check_output(output, WAY_OUT)
     with machine.on_each_node():
         data.prepare_data()
         data.setup("test")
@@ -49,11 +55,12 @@ def main(args: list[str]) -> None:
         return
     now = time.perf_counter()
     seconds = {"test": now - test_started, "total": now - started}
-    run = Run.of(state.path, state.identity)
-    output = Path(command.options["output"] or (run.folder if run else Path()) / f"test-{state.path.stem}.json")
-    with writing(output, "choose another place with --output"):
-        write_results(output, command.results(str(state.path), state.step, seconds))
-    print_report(model.reports["test"], model.reports.get("plain"), num_all=len(data.test.labels))
+    try:
+        with writing(output, WAY_OUT):
+            write = write_output if chosen else write_durably
+            write_results(output, command.results(str(state.path), state.step, seconds), write)
+    finally:
+        print_report(model.reports["test"], model.reports.get("plain"), num_all=len(data.test.labels))
     print(f"\nResults: {output}")
 
 

@@ -227,6 +227,20 @@ def test_an_output_that_cannot_be_written_is_told(checkpoint: Path) -> None:
         export(checkpoint, "file/net.safetensors", "--tta", "none")
 
 
+def test_an_output_is_written_where_it_leads_or_refused_before_the_work(checkpoint: Path) -> None:
+    pytest.importorskip("safetensors")
+    longest = f"{'n' * 243}.safetensors"
+    Path("link.safetensors").symlink_to("nowhere.safetensors")
+    for output in (longest, "link.safetensors"):
+        export(checkpoint, output, "--tta", "none")
+        assert Path(output).stat().st_size > 1000
+    assert Path("link.safetensors").is_symlink()
+    assert Path("nowhere.safetensors").is_file()
+    # before the checkpoint is read
+    for output, reason in ((f"n{longest}", "File name too long"), ("nowhere.safetensors/a.safetensors", "")):
+        assert f"{output} cannot be written ({reason}" in error_of(export, Path("gone.ckpt"), output)
+
+
 def test_paths_begin_at_home_and_are_not_urls(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("safetensors")
     Path("net.ckpt").write_bytes(checkpoint.read_bytes())

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 from helpers import Run as RunCommand
-from helpers import results
+from helpers import disk_with_room_for, error_of, results
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 import lit_cifar.fit
 import lit_cifar.test
+from lit_cifar import runs
 from lit_cifar.errors import UserError
 from lit_cifar.run.folder import IDENTITY, RUNS, Run, read_identity
+from lit_cifar.run.logger import RunLogger, scalars_at
 from lit_cifar.run.read import read_checkpoint
+from lit_cifar.run.save import Checkpoints, DurableCheckpointIO
 
 SHORT = ["--dataset", "shapes", "--accelerator", "cpu", "--batch_size", "50", "--trainer.limit_train_batches", "4"]
 SHORT += ["--trainer.limit_test_batches", "2"]
@@ -326,3 +329,154 @@ def test_a_run_that_saves_nothing_names_no_state() -> None:
     fit("--max_epochs", "1")
     assert results("version_1")["checkpoint"] == "last"
     assert not (RUNS / "version_1" / "checkpoints" / "final.ckpt").exists()
+
+
+# ---- a run in pieces ----
+
+
+def test_seconds_cover_the_whole_run_and_results_of_before_are_set_aside(capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--max_epochs", "1")
+    first = results("version_0")
+    assert first["seconds"]["pieces"] == [{key: first["seconds"][key] for key in first["seconds"] if key != "pieces"}]
+    lit_cifar.fit.main(["--resume", "auto", "--max_epochs", "2"])
+    seconds = results("version_0")["seconds"]
+    assert seconds["pieces"][0] == first["seconds"]["pieces"][0]
+    assert len(seconds["pieces"]) == 2
+    for key in ("start", "first_step", "fit", "test", "total"):
+        assert seconds[key] == pytest.approx(sum(piece[key] for piece in seconds["pieces"]))
+        assert all(piece[key] > 0 for piece in seconds["pieces"])
+    assert json.loads((RUNS / "version_0" / "results-4.json").read_text()) == first, "nothing is lost"
+    capsys.readouterr()
+    runs.main(["--json"])
+    assert json.loads(capsys.readouterr().out)[0]["seconds"] == seconds["total"]
+
+
+class Break(Callback):
+    """Ends a run, as `kill -9` would, in the third step of an epoch."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            raise ZeroDivisionError
+
+
+def test_a_killed_piece_counts_up_to_its_last_save_and_is_not_done(capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--max_epochs", "1")
+    run = RUNS / "version_0"
+    first = results("version_0")
+    longer = ["--max_epochs", "2", "--trainer.callbacks+=test_run.Break", "--checkpoint.every_n_train_steps", "1"]
+    with pytest.raises(ZeroDivisionError):
+        lit_cifar.fit.main(["--resume", "auto", *longer])
+    assert not (run / "results.json").exists()
+    capsys.readouterr()
+    runs.main([])
+    assert capsys.readouterr().out.splitlines()[1].endswith("no results: has a checkpoint")
+    noted = read_checkpoint(run / "checkpoints" / "last.ckpt").chosen["seconds"]
+    assert noted[0] == first["seconds"]["pieces"][0]
+    assert 0 < noted[1]["fit"] < noted[1]["total"]
+    lit_cifar.fit.main(["--resume", "auto", "--trust", "true", "--trainer.callbacks", "null"])
+    pieces = results("version_0")["seconds"]["pieces"]
+    assert (len(pieces), pieces[:2]) == (3, noted)
+    assert results("version_0")["seconds"]["total"] > sum(piece["total"] for piece in noted)
+
+
+@pytest.mark.parametrize("noted", [None, "long", [3], [{"total": float("nan"), "fit": "x", "test": 10**400}]])
+def test_a_checkpoint_without_seconds_or_with_odd_ones_resumes(noted: Any) -> None:
+    fit("--max_epochs", "1")
+    last = RUNS / "version_0" / "checkpoints" / "last.ckpt"
+    (RUNS / "version_0" / "results.json").unlink()
+    content = torch.load(last, weights_only=True)
+    content["callbacks"]["Checkpoints"]["seconds"] = noted
+    if noted is None:
+        del content["callbacks"]["Checkpoints"]["seconds"]
+    torch.save(content, last)
+    lit_cifar.fit.main(["--resume", "auto", "--max_epochs", "2"])
+    seconds = results("version_0")["seconds"]
+    assert seconds["total"] == seconds["pieces"][-1]["total"]
+
+
+def test_less_than_what_is_done_is_refused_and_as_much_is_tested_again() -> None:
+    fit("--max_epochs", "2", "--checkpoint.every_n_train_steps", "3")
+    run = RUNS / "version_0"
+    before = contents(run)
+    for limit, done in ((("--max_epochs", "1"), 2), (("--trainer.max_steps", "7"), 8), (("--max_epochs", "0"), 2)):
+        message = error_of(lit_cifar.fit.main, ["--resume", "auto", *limit])
+        assert f"{limit[0].replace('trainer.', '')} {limit[1]} is less than the {done} that" in message
+    in_the_second_epoch = str(run / "checkpoints" / "last-1.ckpt")
+    assert read_checkpoint(Path(in_the_second_epoch)).step == 6
+    assert "is less than the 2" in error_of(lit_cifar.fit.main, ["--resume", in_the_second_epoch, "--max_epochs", "1"])
+    assert contents(run) == before
+    for limit in (("--max_epochs", "2"), ("--trainer.max_steps", "8")):
+        lit_cifar.fit.main(["--resume", "auto", *limit])
+        assert results("version_0")["num_steps"] == 8
+    assert contents(run)["checkpoints/last.ckpt"] == before["checkpoints/last.ckpt"]
+
+
+# ---- what cannot be written ----
+
+
+def test_events_that_cannot_be_written_do_not_end_a_run(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    logger = RunLogger(run)
+    logger.log_metrics({"train/loss": 1.0}, 1)
+    logger.save()
+    with disk_with_room_for(8000):
+        logger.experiment.add_text("config", "x" * 20_000)
+        logger.save()
+        logger.finalize("success")
+        logger.log_metrics({"train/loss": 2.0}, 2)  # begins another file
+        logger.save()
+    with disk_with_room_for(100):
+        logger.finalize("success")
+        logger.log_metrics({"train/loss": 3.0}, 3)
+        logger.finalize("success")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"TensorBoard's events in {run.folder} cannot be written (File too large): the run goes on" in line
+    assert scalars_at(run.folder, 1) == {"train/loss": 1.0}
+    assert not list(run.folder.glob(".*"))
+
+
+def test_on_a_full_disk_no_checkpoint_is_proposed_that_does_not_exist(run: Run) -> None:
+    for way_out in ("free space or fix the folder$", "the one before is whole: go on with --resume .*last.ckpt$"):
+        with disk_with_room_for(100), pytest.raises(UserError, match=way_out):
+            DurableCheckpointIO().save_checkpoint({"weight": torch.zeros(1000)}, run.checkpoint("last"))
+        run.checkpoint("last").touch()
+
+
+def test_before_the_first_save_weights_that_are_not_finite_propose_no_checkpoint(run: Run) -> None:
+    checkpoints = Checkpoints()
+    checkpoints.run = run
+    state = {"state_dict": {"weight": torch.tensor([torch.nan])}}
+    for way_out in ("start anew with a smaller --lr$", "go on from .*last.ckpt with --resume and a smaller --lr$"):
+        with pytest.raises(UserError, match=way_out):
+            checkpoints.on_save_checkpoint(Trainer(logger=False, accelerator="cpu"), LightningModule(), state)
+        run.checkpoint("last").touch()
+
+
+def test_a_name_that_is_too_long_is_one_line() -> None:
+    assert "cannot be read (File name too long)" in error_of(fit, "--resume", "n" * 256)
+
+
+def test_what_stands_in_the_way_of_results_is_found_before_training() -> None:
+    fit("--max_epochs", "1")
+    run = RUNS / "version_0"
+    (run / "results.json").unlink()
+    (run / "results.json").mkdir()
+    message = error_of(lit_cifar.fit.main, ["--resume", "auto", "--max_epochs", "2"])
+    assert "results.json cannot be written (it is a folder)" in message
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt").step == 4
+
+
+def test_results_that_cannot_be_written_are_printed_and_tested_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, results: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lit_cifar.fit, "write_results", full)
+        message = error_of(fit, "--max_epochs", "1")
+        assert message.endswith(f"then test again with --resume {RUNS / 'version_0'}")
+        assert "Accuracy on the" in capsys.readouterr().out
+        message = error_of(fit, "--max_epochs", "1", "--trainer.enable_checkpointing", "false")
+        assert "--resume" not in message, "there is nothing to resume from"
+    lit_cifar.fit.main(["--resume", str(RUNS / "version_0")])
+    assert results("version_0")["num_steps"] == 4

@@ -25,7 +25,7 @@ from lit_cifar.errors import UserError
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.folder import Run
 from lit_cifar.run.logger import make_loggers
-from lit_cifar.run.read import State
+from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.save import Checkpoints, DurableCheckpointIO, OpenRun
 from lit_cifar.training import loop
 from lit_cifar.training.dashboard import Dashboard
@@ -287,12 +287,14 @@ class CLI(LightningCLI):
             # profilers ask before OpenRun is called
             self.trainer._default_root_dir = str(self.run.folder)  # type: ignore[attr-defined]
         try:
+            if self.trainer.is_global_zero and self.state:
+                self.state = read_checkpoint(self.state.path)  # which another process may have replaced before claim()
             self.trainer.loggers = make_loggers(self._loggers, self.run, self.state.step if self.state else None)
         except BaseException:
             self.run.release()
             raise
 
-    def results(self, tested: str | None, num_steps: int, seconds: dict[str, float]) -> dict[str, Any]:
+    def results(self, tested: str | None, num_steps: int, seconds: dict[str, Any]) -> dict[str, Any]:
         """What results.json says of a test.
 
         Args:

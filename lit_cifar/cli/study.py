@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from lit_cifar.cli.space import flag_text
 from lit_cifar.errors import UserError
-from lit_cifar.files import write_durably, writing
+from lit_cifar.files import check_place, write_durably, writing
 from lit_cifar.run.folder import Run
 from lit_cifar.text import printable
 
@@ -56,15 +56,25 @@ def open_study(storage: Path) -> Iterator["optuna.Study"]:
                 database.engine.dispose()
 
 
+def best_config(storage: Path) -> Path:
+    """Where the best trial's config is written in the end."""
+    return storage.with_suffix(".best.yaml")
+
+
 @contextlib.contextmanager
 def _locked(storage: Path) -> Iterator[None]:
     lock = FileLock(storage.with_suffix(".lock"))
+    if storage.suffix == ".lock":  # taking the lock would empty it
+        raise UserError(f"--storage {storage}: that is the name of a lock; name a file that ends in .db")
+    check_place(best_config(storage), WAY_OUT)
     with writing(storage, WAY_OUT):
         storage.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"another sweep uses {storage}: wait for it, or {WAY_OUT}") from None
+        except NotImplementedError as error:  # filelock's, where flock answers ENOSYS
+            raise UserError(f"{storage.parent} does not support file locks: {WAY_OUT}") from error
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,15 +223,15 @@ def print_report(report: Report, without_tta: Report | None = None, num_all: int
         log.warn(warning)
 
 
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, with what it was measured with, whole or not at all."""
+def write_results(path: Path, results: dict[str, Any], write: Callable[[Path, bytes], None] = write_durably) -> None:
+    """Writes results.json, with what it was measured with, whole or not at all; `write` writes the bytes."""
     results = {**results, "versions": versions(), "commit": commit()}
     matrices = {key: results[key] for key in ("confusion_matrix", "confusion_counts") if results.get(key)}
     text = json.dumps({**results, **dict.fromkeys(matrices)}, indent=2)
     for key, matrix in matrices.items():  # a row is a line: with a line for each count, 1,000 classes took 10 MB
         rows = ",\n    ".join(map(json.dumps, matrix))
         text = text.replace(f'\n  "{key}": null', f'\n  "{key}": [\n    {rows}\n  ]', 1)
-    write_durably(path, f"{text}\n".encode())
+    write(path, f"{text}\n".encode())
 
 
 def peak_memory() -> dict[str, int | None]:

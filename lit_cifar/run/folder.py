@@ -11,12 +11,14 @@ from pathlib import Path
 
 from lit_cifar.errors import UserError
 from lit_cifar.files import write_durably
+from lit_cifar.run.lock import FolderLock, is_locked
 
 RUNS = Path("lightning_logs")
 RESULTS = "results.json"
 TRIAL = "trial.json"
 CHECKPOINTS = "checkpoints"
 IDENTITY = "run.json"
+LOCK = "run.lock"
 
 
 class Run:
@@ -36,6 +38,9 @@ class Run:
         self.root = root
         self.identity = identity
         self._folder = folder
+        self._lock: FolderLock | None = None
+        self.started = 0.0  # when this process began its piece of the run, on time.perf_counter's clock
+        self.earlier: list[dict[str, float]] = []  # seconds of the pieces that other processes trained, as far as known
 
     @classmethod
     def new(cls, root: Path) -> "Run":
@@ -75,13 +80,29 @@ class Run:
         return self._folder
 
     def claim(self) -> None:
-        """Takes the first free `lightning_logs/version_N` by making it, so that two runs never share one.
+        """Takes the run's folder, which no other process can take before `unlock`: its own one if it has one, else the
+        first free `lightning_logs/version_N`, by making it, so that two runs never share one.
 
         Raises:
-            UserError: the folder cannot be made.
+            UserError: another process trains this run, or the folder cannot be made or written.
         """
-        if self._folder is not None:
-            return
+        if self._folder is None:
+            self._make_folder()
+        if self._lock is None:
+            self._lock = FolderLock(self.folder / LOCK)
+        self._lock.acquire()
+
+    def unlock(self) -> None:
+        """Lets other processes take the folder again."""
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a process, this one or another, has claimed the folder."""
+        return is_locked(self.folder / LOCK)
+
+    def _make_folder(self) -> None:
         runs = self.root / RUNS
         try:
             runs.mkdir(parents=True, exist_ok=True)
@@ -99,13 +120,14 @@ class Run:
             ) from None
 
     def release(self) -> None:
-        """Removes a folder that `claim` made and nothing was written into: the run did not begin."""
+        """Undoes `claim`, for a run that did not begin: removes a folder that nothing was written into."""
+        self.unlock()
         if self._folder is not None and [path.name for path in self._folder.iterdir()] == [IDENTITY]:
             (self._folder / IDENTITY).unlink()
             self._folder.rmdir()
             with contextlib.suppress(OSError):  # other runs are in it
                 self._folder.parent.rmdir()
-            self._folder = None
+            self._folder = self._lock = None
 
     def adopt(self, folder: str, identity: str | None) -> None:
         """Takes over what rank 0 claimed."""
@@ -118,6 +140,24 @@ class Run:
     @property
     def results(self) -> Path:
         return self.folder / RESULTS
+
+    def set_results_aside(self) -> None:
+        """Before a newer state is saved: the results of before become `results-N.json`, with N steps.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if not self.results.is_file():
+            return
+        try:
+            num_steps = int(json.loads(self.results.read_bytes())["num_steps"])
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            num_steps = 0
+        aside, number = self.folder / f"results-{num_steps}.json", 1
+        while os.path.lexists(aside):
+            number += 1
+            aside = self.folder / f"results-{num_steps}-{number}.json"
+        self.results.rename(aside)
 
     @property
     def trial(self) -> Path:

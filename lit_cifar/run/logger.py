@@ -1,16 +1,21 @@
 """The loggers of a run, in its folder: TensorBoard, or those that were chosen. The callers decide what is logged;
 training/dashboard.py fills TensorBoard's pages."""
 
+import contextlib
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
 
+from lit_cifar import log
 from lit_cifar.errors import UserError
 from lit_cifar.run.folder import RUNS, Run
 
@@ -28,6 +33,13 @@ class RunLogger(TensorBoardLogger):
         super().__init__("", name="", default_hp_metric=False, purge_step=purge_step)
         self._run = run
         self._resumed_step = resumed_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        if self._experiment is None:
+            self._experiment = _Writer(self.log_dir, **self._kwargs)
+        return self._experiment
 
     # On other ranks than the first the run has no folder yet when Lightning first asks; there they write nothing.
 
@@ -66,6 +78,66 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         """Brings events onto the disk; no hparams.yaml, whose place config.yaml takes."""
         self.experiment.flush()
+
+
+class _Writer(SummaryWriter):
+    """Says so once where events cannot be written, as on a full disk, and goes on without: states and results matter
+    more. TensorBoard's own raises in whatever logs next, after its thread has printed a traceback."""
+
+    is_lost = False
+
+    def lose(self, error: Exception) -> None:
+        if not self.is_lost:
+            self.is_lost = True
+            reason = getattr(error, "strerror", None) or error
+            log.warn(
+                f"TensorBoard's events in {self.log_dir} cannot be written ({reason}): the run goes on without them; "
+                "make room or fix the folder"
+            )
+
+    def _get_file_writer(self) -> Any:
+        if self.file_writer is not None:
+            return self.file_writer
+        probe = Path(self.log_dir, f".events.{os.getpid()}.part")
+        try:
+            probe.write_bytes(bytes(4096))  # more than the file begins with
+        except OSError as error:
+            self.lose(error)
+            nowhere: Any = _NoEvents()
+            self.file_writer, self.all_writers = nowhere, {self.log_dir: nowhere}  # type: ignore[assignment]
+            return nowhere
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink()
+        writer: Any = super()._get_file_writer()
+        records = writer.event_writer._async_writer._writer  # the thread has it too
+        records._writer = _Guarded(records._writer, self.lose)
+        return writer
+
+
+class _Guarded:
+    """A file of events, dropped at its first error."""
+
+    def __init__(self, file: Any, lose: Callable[[Exception], None]) -> None:
+        self._file, self._lose = file, lose
+
+    def __getattr__(self, name: str) -> Any:
+        return functools.partial(self._do, name)
+
+    def _do(self, name: str, *args: Any) -> None:
+        if self._file is not None:
+            try:
+                getattr(self._file, name)(*args)
+            except Exception as error:  # TensorFlow's files, which are used where there is one, raise their own
+                self._file = None
+                self._lose(error)
+
+
+class _NoEvents:
+    """A writer of events that writes none."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
 
 
 def make_loggers(chosen: Any, run: Run, resumed_step: int | None) -> list[Logger]:

@@ -38,10 +38,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
             lines = str(error).splitlines()  # below a RuntimeError's first line stands where in torch it came from
             reason = getattr(error, "strerror", None) or (lines[0] if lines else type(error).__name__)
-            kept = f"; the one before is whole: go on with --resume {path}" if Path(path).is_file() else ""
-            raise UserError(
-                f"checkpoint {path} could not be written ({reason}): free space or fix the folder{kept}"
-            ) from error
+            raise UserError(f"checkpoint {path} could not be written ({reason}): {_way_out(Path(path))}") from error
+
+
+def _way_out(path: Path) -> str:
+    kept = f"; the one before is whole: go on with --resume {path}" if path.is_file() else ""
+    return f"free space or fix the folder{kept}"
 
 
 class OpenRun(Callback):
@@ -108,6 +110,7 @@ class Checkpoints(Checkpoint):
         self._seen_step = 0  # with accumulated gradients, only the first batch end at a step is a step's end
         self._random_states: list[dict[str, Any]] = []
         self._saved_weights: list[tuple[int, int]] = []  # by _versions, of last.ckpt
+        self._fit_started = 0.0  # on time.perf_counter's clock
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signal = number
@@ -119,6 +122,9 @@ class Checkpoints(Checkpoint):
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._fit_started = time.perf_counter()
+
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_signals()  # and does nothing at one: a test is short
 
@@ -127,7 +133,8 @@ class Checkpoints(Checkpoint):
         if self.run is not None:
             if trainer.is_global_zero:
                 for unfinished in self.run.checkpoint("last").parent.glob(".*.part"):  # of a run killed in a save
-                    unfinished.unlink()
+                    with contextlib.suppress(OSError):
+                        unfinished.unlink()
             if self.best_score is not None and not self.has_best(trainer):
                 self.best_score = self.best_step = None
         self._agreement = Agreement()
@@ -236,7 +243,9 @@ class Checkpoints(Checkpoint):
         path = self.run.checkpoint(name)
         if name == "last":
             if trainer.is_global_zero:
-                keep(path, self.num_kept)
+                with writing(path, _way_out(path)):
+                    self.run.set_results_aside()
+                    keep(path, self.num_kept)
             self._saved_weights = _versions(trainer.lightning_module)
         trainer.save_checkpoint(path)
         self._saved_at = time.monotonic()
@@ -247,7 +256,11 @@ class Checkpoints(Checkpoint):
             states = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, get_random_state())
         best = {"best_score": self.best_score, "best_step": self.best_step}
-        return {"run": self.run.identity if self.run else None, **best, "random_states": states}
+        seconds: list[dict[str, float]] = []  # of the run's pieces, this one up to now
+        if self.run is not None:
+            now = time.perf_counter()
+            seconds = [*self.run.earlier, {"fit": now - self._fit_started, "total": now - self.run.started}]
+        return {"run": self.run.identity if self.run else None, **best, "random_states": states, "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score, self._random_states = state_dict["best_score"], state_dict["random_states"]
@@ -256,9 +269,10 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for name, weight in checkpoint["state_dict"].items():
             if weight.is_floating_point() and not bool(weight.isfinite().all()):
+                last = self.run.checkpoint("last") if self.run else None
+                way_on = f"go on from {last} with --resume and" if last and last.is_file() else "start anew with"
                 raise DivergedError(
-                    f"step {trainer.global_step}: {name} is not finite, so nothing is saved and the checkpoint before "
-                    "is kept: go on from it with --resume and a smaller --lr, or start anew with one"
+                    f"step {trainer.global_step}: {name} is not finite, so nothing is saved: {way_on} a smaller --lr"
                 )
 
 
