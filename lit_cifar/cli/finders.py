@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import lr_finder
+from lightning.pytorch.utilities.seed import isolate_rng
 from tqdm import tqdm
 
 from lit_cifar import log
@@ -17,6 +18,7 @@ from lit_cifar.cli import machine
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError
 from lit_cifar.files import write_durably, writing
+from lit_cifar.model import steps
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.folder import Run
 
@@ -69,7 +71,7 @@ def check_finders(trainer: Trainer, model: LitClassifier, data: CIFAR10DataModul
         UserError: a finder cannot search, or what it would find would change nothing.
     """
     # its bar, on a terminal only: \r makes no lines in a file
-    lr_finder.tqdm = functools.partial(tqdm, disable=None if log.is_said("info") else True)
+    lr_finder.tqdm = functools.partial(tqdm, disable=None if log.is_said("info") else True)  # type: ignore[attr-defined,assignment]
     for finder in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(finder, LearningRateFinder):
             if finder._attr_name and not hasattr(model, finder._attr_name):
@@ -79,7 +81,10 @@ def check_finders(trainer: Trainer, model: LitClassifier, data: CIFAR10DataModul
                     "LearningRateFinder finds --model.lr, and each group of --model.groups has an lr of its own: leave "
                     "it out in one, or leave out the finder"
                 )
+            _warn_of_few_steps(trainer, finder, len(data.train_batches()))
         if isinstance(finder, BatchSizeFinder):
+            # the run's draws begin after a search where they would without, as LearningRateFinder sees to by itself
+            finder.scale_batch_size = isolate_rng()(finder.scale_batch_size)  # type: ignore[method-assign]
             if not isinstance(trainer.strategy, SingleDeviceStrategy):
                 raise UserError(
                     "BatchSizeFinder searches on one device only: search with --devices 1, then train with the "
@@ -94,6 +99,15 @@ def check_finders(trainer: Trainer, model: LitClassifier, data: CIFAR10DataModul
             if finder._mode == "power":  # it doubles beyond max_val before it looks
                 num_doublings = (num_images // finder._init_val).bit_length() - 1
                 finder._max_trials = min(finder._max_trials, num_doublings + 1)
+
+
+def _warn_of_few_steps(trainer: Trainer, finder: LearningRateFinder, num_batches: int) -> None:
+    num_steps = steps.steps_at_end(trainer, steps.limited(num_batches, trainer.limit_train_batches))
+    if num_steps is not None and num_steps < finder._num_training_steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        log.warn(
+            f"LearningRateFinder raises the rate over {finder._num_training_steps} steps, and the training run has "
+            f"{num_steps}: large rates are not tried; give it num_training_steps {num_steps}"
+        )
 
 
 class Found(Callback):

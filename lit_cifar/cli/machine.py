@@ -29,7 +29,10 @@ _num_threads = 0  # before they were reduced for small steps
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 SWITCHED_ON = ("callbacks", "profilers", "tuner")  # parts of Lightning that do nothing unless they are chosen
-DEBUGGING = ("_init_debugging_flags", "_determine_batch_limits")  # its functions that name fast_dev_run, overfit_batches
+DEBUGGING = (
+    "_init_debugging_flags",
+    "_determine_batch_limits",
+)  # its functions that name fast_dev_run, overfit_batches
 
 
 def slurm_environment() -> SLURMEnvironment | None:
@@ -62,7 +65,7 @@ def check_allocation(slurm: SLURMEnvironment, trainer: Trainer) -> None:
 
 
 def suit_cpu(size: int) -> None:
-    """Settles threads, kernels and memory on the CPU for a step of `size` images times parameters; again for another."""
+    """Settles threads, kernels and memory on the CPU for a step of `size` images times parameters, each time anew."""
     global _num_threads
     small = size <= SMALL_STEP
     torch.backends.mkldnn.enabled = not small  # type: ignore[assignment]

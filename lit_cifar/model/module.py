@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
 from lit_cifar.errors import UserError
-from lit_cifar.model.classifier import TTA, check_classes, check_weights, normalise, views
 from lit_cifar.model import steps
+from lit_cifar.model.classifier import TTA, check_classes, check_weights, normalise, views
 from lit_cifar.model.data import data_of
 from lit_cifar.model.optim import Group, Schedule, lr_factor, make_optimizer
 from lit_cifar.model.ranges import (
@@ -287,7 +287,7 @@ class LitClassifier(LightningModule):
         return self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
 
     def _plan(self) -> int:
-        """`_num_steps`, counted once: the learning rate and the images' side follow it from the first step to the last."""
+        """`_num_steps`, counted once for the whole training run, whose learning rate and sides follow it."""
         if self._planned_steps is None:
             self._planned_steps = self._num_steps()
         return self._planned_steps
@@ -295,8 +295,8 @@ class LitClassifier(LightningModule):
     def _num_steps(self) -> int:
         """Optimiser steps of the whole training run, from where it is: as steps will be made, with what they were.
 
-        Not trainer.estimated_stepping_batches: asked for here, it makes Lightning 2.6 forget the loader's position on
-        resume (pytorch-lightning issue 20550), and it knows one accumulation factor only.
+        Not trainer.estimated_stepping_batches: it knows one accumulation factor only, and asked for here, it makes
+        Lightning 2.6 forget the loader's position on resume (pytorch-lightning issue 20550).
 
         Raises:
             UserError: the training run has no end.
