@@ -312,7 +312,7 @@ class LitClassifier(LightningModule):
         """Brings `config` up to date with the numbers that are trained with, which callbacks such as LearningRateFinder
         and BatchSizeFinder change in the module and the data module; gives whether one had changed."""
         changed = False
-        for section, owner in (("model", self), ("data", getattr(self.trainer, "datamodule", None))):
+        for section, owner in (("model", self), ("data", getattr(self._trainer, "datamodule", None))):
             noted = self.config.get(section, {})
             for key, value in noted.items():
                 now = getattr(owner, key, value)
