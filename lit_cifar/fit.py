@@ -16,7 +16,7 @@ from jsonargparse import Namespace  # noqa: E402
 from lightning.pytorch import Trainer  # noqa: E402
 
 from lit_cifar import log  # noqa: E402
-from lit_cifar.cli import machine  # noqa: E402
+from lit_cifar.cli import finders, machine  # noqa: E402
 from lit_cifar.cli.command import CLI, set_up  # noqa: E402
 from lit_cifar.cli.parser import TRUST, Parser  # noqa: E402
 from lit_cifar.errors import UserError  # noqa: E402
@@ -64,6 +64,7 @@ def prepare(command: CLI, *stages: str) -> None:
         for stage in stages:
             data.setup(stage)
     data.train_batches()
+    finders.check_finders(command.trainer, command.model, data)
     if command.state:
         command.model.check_fits(command.state, data.classes)
         command.model.trainer, command.trainer.datamodule = command.trainer, data  # type: ignore[attr-defined]
@@ -224,6 +225,7 @@ def _results(command: CLI, tested: str | None, seconds: dict[str, Any]) -> dict[
         "num_train": len(data.train.labels),
         "num_val": data.num_val,
         "batch_size": data.batch_size,
+        "lr": command.model.lr,
         "peak_memory": peak_memory(),
         **command.results(tested, command.trainer.global_step, seconds),
     }

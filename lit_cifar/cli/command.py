@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 
 from lit_cifar import log
-from lit_cifar.cli import machine
+from lit_cifar.cli import finders, machine
 from lit_cifar.cli.parser import ConfigFile, Parser
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError
@@ -185,6 +185,8 @@ class CLI(LightningCLI):
         super()._set_seed()
         self.run = self._find_run()
         data = self._set_num_classes()
+        if self.state:
+            finders.keep_found(self.config, self._base)
         self.config_text = self.parser.dump(self.config, skip_unset=False)
         self.plain_config: dict[str, Any] = yaml.safe_load(self.config_text)
         config, self.config = self.config, self.config.clone()
@@ -230,7 +232,8 @@ class CLI(LightningCLI):
             overrides["enable_progress_bar"] = interactive
         if not self.config["data"]["num_val"]:
             overrides["limit_val_batches"] = 0
-        overrides["callbacks"] = [*_as_list(config["callbacks"]), DeviceShapes(), Dashboard(self._command)]
+        ours = [finders.Found(self.run), DeviceShapes(), Dashboard(self._command)]
+        overrides["callbacks"] = [*_as_list(config["callbacks"]), *ours]
         if self.run is not None:
             overrides["callbacks"].insert(0, OpenRun(self.run, self.config_text))
         if self._has_several_devices(config):

@@ -25,7 +25,14 @@ from lit_cifar.run.stop import STOPPED, Stopped
 # tutorial's net at batch 4 (0.25 million): forward, backward and SGD take 1.65 ms with oneDNN and 1.20 without (one
 # thread, torch 2.14, 2 CPU cores); two threads gain nothing and lose much when another process wants a core
 SMALL_STEP = 2**20
+_num_threads = 0  # before they were reduced for small steps
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
+
+SWITCHED_ON = ("callbacks", "profilers", "tuner")  # parts of Lightning that do nothing unless they are chosen
+DEBUGGING = (
+    "_init_debugging_flags",
+    "_determine_batch_limits",
+)  # its functions that name fast_dev_run, overfit_batches
 
 
 def slurm_environment() -> SLURMEnvironment | None:
@@ -58,11 +65,13 @@ def check_allocation(slurm: SLURMEnvironment, trainer: Trainer) -> None:
 
 
 def suit_cpu(size: int) -> None:
-    """Settles threads, kernels and memory on the CPU for a step of `size` images times parameters."""
+    """Settles threads, kernels and memory on the CPU for a step of `size` images times parameters, each time anew."""
+    global _num_threads
     small = size <= SMALL_STEP
     torch.backends.mkldnn.enabled = not small  # type: ignore[assignment]
-    if small and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        _num_threads = _num_threads or torch.get_num_threads()
+        torch.set_num_threads(1 if small else _num_threads)
     if not small:
         keep_freed_memory()
 
@@ -89,15 +98,28 @@ def on_each_node() -> Iterator[None]:
         raise
 
 
+def _is_switched_on(record: logging.LogRecord) -> bool:
+    from_part = os.path.basename(os.path.dirname(record.pathname)) in SWITCHED_ON
+    return from_part or record.funcName in DEBUGGING or record.levelno >= logging.WARNING
+
+
 def set_log_level(level: str) -> None:
     """As `log.set_level`, for Lightning's lines and Python's warnings too.
 
-    Lightning's notes on what it found, and on how it could be extended, are for 'debug'. What is not about one rank is
+    Lightning reports by its log at INFO. What somebody switched on, such as a profiler, a summary or a search, is
+    printed; its notes on what it found, and on how it could be extended, are for 'debug'. What is not about one rank is
     said by the first alone.
     """
     log.set_level(level)
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel({"debug": "INFO", "error": "ERROR"}.get(level, "WARNING"))
+    says = level == "info" and not log.rank()
+    shared = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # by which all modules may report
+    for logger in (shared, *(logging.getLogger(f"lightning.pytorch.{part}") for part in SWITCHED_ON)):
+        logger.setLevel("INFO" if says else "NOTSET")
+    shared.removeFilter(_is_switched_on)
+    if says:
+        shared.addFilter(_is_switched_on)
     if level == "error" or (log.rank() and level != "debug"):
         warnings.simplefilter("ignore")
     # printed on each machine that has Slurm, where no job runs

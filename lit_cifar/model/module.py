@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
 from lit_cifar.errors import UserError
+from lit_cifar.model import steps
 from lit_cifar.model.classifier import TTA, check_classes, check_weights, normalise, views
 from lit_cifar.model.data import data_of
 from lit_cifar.model.optim import Group, Schedule, lr_factor, make_optimizer
@@ -186,9 +187,7 @@ class LitClassifier(LightningModule):
         """Side in pixels that this step's images are shrunk to; None: none."""
         if not self.sides:
             return None
-        if self._planned_steps is None:
-            self._planned_steps = self._num_steps()
-        return self.sides[min(len(self.sides) * self.trainer.global_step // self._planned_steps, len(self.sides) - 1)]
+        return self.sides[min(len(self.sides) * self.trainer.global_step // self._plan(), len(self.sides) - 1)]
 
     def _mean_share(self, labels: Tensor, batch_idx: int) -> float:
         # DDP averages gradients over ranks, whose shares of a short last batch differ by one
@@ -241,11 +240,12 @@ class LitClassifier(LightningModule):
         optimizer = make_optimizer(self.net, self.groups, self.settings(), self._can_fuse())
         if self.schedule == "constant" and not self.warmup:
             return optimizer
-        num_steps = self._num_steps()
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor(step, num_steps, self.schedule, self.warmup)
-        )
+        self._planned_steps = self._num_steps()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        return lr_factor(step, self._plan(), self.schedule, self.warmup)
 
     def settings(self) -> list[dict[str, Any]]:
         """Settings of each parameter group; the module's own stand in for those that a group leaves open."""
@@ -259,18 +259,25 @@ class LitClassifier(LightningModule):
         ] or [{"name": "net", **own}]
 
     def on_train_start(self) -> None:
-        """Applies settings changed since the checkpoint, whose own come with a restored optimiser."""
-        optimizer = self.trainer.optimizers[0]
+        """Applies settings changed since the checkpoint, whose own come with a restored optimiser, and plans anew: only
+        now is it known where the training run goes on from, and what a search before it has changed."""
+        trainer = self.trainer
+        # Lightning leaves it at 1 for the rest of an epoch that is resumed in its middle
+        trainer.accumulate_grad_batches = steps.accumulation(trainer, trainer.current_epoch)
+        self._planned_steps = None
+        optimizer = trainer.optimizers[0]
         if isinstance(optimizer, torch.optim.SGD) and optimizer.state:
             # it was restored without buffers for weights that had no gradient yet; torch's fused step needs them
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
                 optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
-        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        if not all(isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR) for scheduler in schedulers):
+            return  # not of configure_optimizers: such as those with which LearningRateFinder tries rates
         settings = self.settings()
         factor = 1.0
         for scheduler in schedulers:
             scheduler.base_lrs = [setting["lr"] for setting in settings]
-            factor = lr_factor(scheduler.last_epoch, self._num_steps(), self.schedule, self.warmup)
+            factor = self._lr_factor(scheduler.last_epoch)
         for group, setting in zip(optimizer.param_groups, settings, strict=True):
             group.update({**setting, "lr": setting["lr"] * factor})
             if schedulers:
@@ -281,26 +288,42 @@ class LitClassifier(LightningModule):
         # not with a gradient scaler, beside which Lightning cannot clip gradients then
         return self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
 
-    def _num_steps(self) -> int:
-        """Optimiser steps of the whole training run.
+    def _plan(self) -> int:
+        """`_num_steps`, counted once for the whole training run, whose learning rate and sides follow it."""
+        if self._planned_steps is None:
+            self._planned_steps = self._num_steps()
+        return self._planned_steps
 
-        Not trainer.estimated_stepping_batches: asked for here, it makes Lightning 2.6 forget the loader's position on
-        resume (pytorch-lightning issue 20550).
+    def _num_steps(self) -> int:
+        """Optimiser steps of the whole training run, from where it is: as steps will be made, with what they were.
+
+        Not trainer.estimated_stepping_batches: it knows one accumulation factor only, and asked for here, it makes
+        Lightning 2.6 forget the loader's position on resume (pytorch-lightning issue 20550).
+
+        Raises:
+            UserError: the training run has no end.
         """
         trainer = self.trainer
-        num_batches = len(data_of(trainer).train_batches())
-        limit = trainer.limit_train_batches
-        num_batches = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
-        limits = []
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            limits.append(trainer.max_epochs * -(-num_batches // trainer.accumulate_grad_batches))
-        if trainer.max_steps >= 0:
-            limits.append(trainer.max_steps)
-        if not limits:
+        num_batches = steps.limited(len(data_of(trainer).train_batches()), trainer.limit_train_batches)
+        num_steps = steps.steps_at_end(trainer, num_batches)
+        if num_steps is None:
             raise UserError(f"--model.schedule {self.schedule} needs an end: set --max_epochs or --trainer.max_steps")
-        return max(1, min(limits))
+        return max(1, num_steps)
+
+    def note_settings(self) -> bool:
+        """Brings `config` up to date with the numbers that are trained with, which callbacks such as LearningRateFinder
+        and BatchSizeFinder change in the module and the data module; gives whether one had changed."""
+        changed = False
+        for section, owner in (("model", self), ("data", getattr(self._trainer, "datamodule", None))):
+            noted = self.config.get(section, {})
+            for key, value in noted.items():
+                now = getattr(owner, key, value)
+                if isinstance(value, (int, float)) and isinstance(now, (int, float)) and now != value:
+                    noted[key], changed = type(value)(now), True
+        return changed
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.note_settings()
         checkpoint["lit_cifar"] = {"classes": list(self.classes), "config": self.config, "recipe": self.recipe}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -122,7 +122,8 @@ class Progress(Callback):
         losses, self._losses = torch.stack(self._losses), []
         precise = losses if losses.device.type == "mps" else losses.double()  # mps has no float64
         total = float(trainer.strategy.reduce(precise.sum(), reduce_op="sum")) / trainer.world_size
-        total *= trainer.accumulate_grad_batches  # by which Lightning has divided the loss of each batch
+        # by which Lightning has divided the loss of each batch; the same for all, since an epoch's end sums too
+        total *= trainer.accumulate_grad_batches
         if not math.isfinite(total):
             self._stop(trainer, losses, batch_idx)
         for window in (self._logged, self._printed):
@@ -132,13 +133,15 @@ class Progress(Callback):
     def _stop(self, trainer: Trainer, losses: Tensor, batch_idx: int) -> None:
         finite = losses.isfinite()
         first = int(finite.long().argmin()) if not bool(finite.all()) else len(losses)
-        steps_ago = trainer.strategy.reduce(
+        batches_ago = trainer.strategy.reduce(
             torch.tensor(float(len(losses) - 1 - first), device=losses.device), reduce_op="max"
         )
-        step = trainer.global_step - int(steps_ago)
+        batch, factor = batch_idx + 1 - int(batches_ago), trainer.accumulate_grad_batches
+        taken = -(-(batch_idx + 1) // factor) if trainer.is_last_batch else (batch_idx + 1) // factor  # of this epoch
+        step = trainer.global_step - taken + -(-batch // factor)  # that the batch is, or would have been, part of
         raise DivergedError(
-            f"the loss is not finite at step {step} (epoch {trainer.current_epoch + 1}, batch "
-            f"{batch_idx + 1 - int(steps_ago)}): {self._way_out()}"
+            f"the loss is not finite at step {step} (epoch {trainer.current_epoch + 1}, batch {batch}): "
+            f"{self._way_out()}"
         )
 
     def _way_out(self) -> str:
@@ -148,7 +151,7 @@ class Progress(Callback):
         return f"go on from {last} with --resume and a smaller --lr"
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._logged_step = trainer.global_step
+        num_steps, self._logged_step = trainer.global_step - self._logged_step, trainer.global_step
         metrics = {"train/loss": self._logged[0] / self._logged[1]}
         self._logged = [0.0, 0]
         if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):  # others give a rank parts of gradients
@@ -156,14 +159,15 @@ class Progress(Callback):
         for group, rate in zip(trainer.optimizers[0].param_groups, self._rates, strict=True):
             metrics[f"lr/{group['name']}"] = rate
         pace = self._speeds["logged"].read(waited_seconds(trainer))
-        metrics |= pace.figures(data_of(trainer).batch_size, trainer.accumulate_grad_batches)
+        batches_per_step = pace.num_batches / num_steps
+        metrics |= pace.figures(data_of(trainer).batch_size, batches_per_step)
         for name, num_bytes in peak_memory().items():
             if num_bytes is not None:
                 metrics[f"speed/peak_{name}_memory_mb"] = num_bytes / 1e6
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         if trainer.is_global_zero:
-            for warning in self._watch.figures(trainer, pl_module, metrics, self.run):
+            for warning in self._watch.figures(trainer, pl_module, metrics, batches_per_step, self.run):
                 warn(trainer, warning)
 
     def _gradient_norm(self, trainer: Trainer, pl_module: LightningModule) -> float:
@@ -191,7 +195,7 @@ class Progress(Callback):
                 f"step {step} of {num_steps}",
                 f"loss {loss:.3f}",
                 f"{speed:,.0f} images/s",
-                time_left(trainer, batch_idx, pace.seconds_per_batch),
+                time_left(trainer, pace.seconds_per_batch),
             ]
             write(trainer, "  ".join(filter(None, parts)))
 

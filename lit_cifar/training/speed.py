@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lightning.pytorch import Trainer
 
 from lit_cifar.data.loader import DeviceLoader
+from lit_cifar.model import steps
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Pace:
         """Images per second on all devices together; `batch_size` counts those of all devices too."""
         return batch_size / max(self.seconds_per_batch, 1e-9)
 
-    def figures(self, batch_size: int, batches_per_step: int) -> dict[str, float]:
+    def figures(self, batch_size: int, batches_per_step: float) -> dict[str, float]:
         """Values by name for loggers; empty where there was no batch."""
         if not self.num_batches or not self.seconds:
             return {}
@@ -87,17 +88,12 @@ def waited_seconds(trainer: Trainer) -> float:
     return loader.waited_seconds if isinstance(loader, DeviceLoader) else 0.0
 
 
-def time_left(trainer: Trainer, batch_idx: int, seconds_per_batch: float) -> str:
+def time_left(trainer: Trainer, seconds_per_batch: float) -> str:
     """The rest of the training run, such as '2 min 3 s left'; empty where its end is not known."""
-    num_batches = int(trainer.num_training_batches)
-    left = []
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        left.append((trainer.max_epochs - trainer.current_epoch) * num_batches - batch_idx - 1)
-    if trainer.max_steps >= 0:
-        left.append((trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
-    if not left:
+    rest = steps.left(trainer, int(trainer.num_training_batches))
+    if rest is None:
         return ""
-    seconds = round(max(0, min(left)) * seconds_per_batch)
+    seconds = round(rest[1] * seconds_per_batch)
     minutes, hours = seconds // 60, seconds // 3600
     if hours:
         return f"{hours} h {minutes % 60} min left"

@@ -35,19 +35,25 @@ class Watch:
         self._slowest: int | None = None
 
     def figures(
-        self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float], run: Run | None
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        metrics: dict[str, float],
+        batches_per_step: float,
+        run: Run | None,
     ) -> list[str]:
         """New warnings about what was logged at a step, about the loader and about the run's disk.
 
         Args:
             metrics: what was logged; only those of the loss and the speed are looked at.
+            batches_per_step: of the steps that they are of.
             run: the run whose disk is watched; None where there is none.
         """
         assert isinstance(pl_module, LitClassifier)
         step, loader = trainer.global_step, trainer.train_dataloader
         found = [self.loss(step, metrics["train/loss"], len(pl_module.classes))]
         if isinstance(loader, DeviceLoader) and "speed/step_ms" in metrics:
-            wait_ms = metrics["speed/data_wait_ms"] * trainer.accumulate_grad_batches
+            wait_ms = metrics["speed/data_wait_ms"] * batches_per_step
             num_cores = os.cpu_count() or 1
             found.append(self.data(step, wait_ms, metrics["speed/step_ms"], loader.num_workers, num_cores))
         if run is not None:
