@@ -7,7 +7,9 @@ nor what ran before have a say in it.
 
 import itertools
 import random
+import re
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lit_cifar.data.augment import Augment, Draws
 from lit_cifar.data.seeds import make_generator, seed_of
 from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
+from lit_cifar.text import printable
 
 CHUNK = 512  # images augmented and moved at once when batches are smaller; batch 4 alone costs 4 times as much a step
 
@@ -236,7 +239,14 @@ class DeviceLoader:
         self._keys.batches = [
             [(epoch, index) for index in share.tolist()] for share in self.batches.shares(epoch, start)
         ]
-        for images, labels in self._workers:
+        batches = iter(self._workers)
+        while True:
+            try:
+                images, labels = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise worker_error(error) or error from None
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
@@ -268,7 +278,10 @@ class _Transformed(Dataset[tuple[Tensor, Tensor]]):
             torch.manual_seed(image_seed)
             random.seed(image_seed)
             np.random.seed(image_seed)
-            image = self.transform(self.split.images[index])
+            try:
+                image = self.transform(self.split.images[index])
+            except Exception as error:
+                raise UserError(_words(error, index)) from error
         random.setstate(state)
         np.random.set_state(numpy_state)
         return image, self.split.labels[index]
@@ -277,8 +290,40 @@ class _Transformed(Dataset[tuple[Tensor, Tensor]]):
 def _collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if not samples:  # a rank's share of a short last batch may be empty
         return torch.empty(0, 3, 32, 32, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-    images, labels = zip(*samples, strict=True)
-    return torch.stack(images), torch.stack(labels)
+    images, labels = (torch.stack(tensors) for tensors in zip(*samples, strict=True))
+    if get_worker_info() is not None:
+        images.share_memory_()  # here, where an error reaches the main process; the queue would lose it, and a batch
+        labels.share_memory_()
+    return images, labels
+
+
+def worker_error(error: BaseException) -> UserError | None:
+    """What an error of a DataLoader and its workers means; None if it is another one.
+
+    A worker that dies is noticed wherever the main process happens to be, not only where it asks for a batch.
+    """
+    text, line = f"{error} {error.__cause__}", None  # the cause names the signal
+    if isinstance(error, UserError):  # of a worker, with its traceback
+        line = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
+    elif re.search(r"shared memory|Bus error|/torch_\d", text):
+        line = "the shared memory (/dev/shm) is too small for the batches of --data.num_workers: "
+        line += "give it more, in docker by --shm-size 1g, or choose --data.num_workers 0"
+    elif "Too many open files" in text or "ancdata" in text:
+        line = "too many files are open for --data.num_workers: raise ulimit -n, or choose fewer workers"
+    elif re.search(r"DataLoader worker \(pid.*?\) (is killed by signal|exited unexpectedly)", text):
+        why = " (for want of memory, perhaps)" if "Killed" in text else ""
+        line = f"a process of --data.num_workers has died{why}: choose fewer, or --data.num_workers 0"
+    if line is None:
+        return None
+    failed = UserError(line)
+    failed.of_rank = True
+    return failed
+
+
+def _words(error: Exception, index: int) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+    return f"--data.transform fails on training image {index} ({reason}, in {place.filename}:{place.lineno})"
 
 
 def check_transform(transform: Callable[[Tensor], Tensor], split: Split) -> None:
