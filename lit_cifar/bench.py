@@ -1,6 +1,11 @@
 """`python -m lit_cifar.bench CONFIG`: measures a recipe, or one stage of it. Measures only: fit.py trains, and
 data/loader.py loads."""
 
+from lit_cifar import process
+
+if __name__ == "__main__":
+    process.begin()  # before the imports, which take seconds
+
 import argparse
 import contextlib
 import io
@@ -8,12 +13,13 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +34,10 @@ from lit_cifar.cli.parser import truth
 from lit_cifar.errors import FlagParser, UserError
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import normalise
+from lit_cifar.process import LAUNCHER_VARIABLE
 from lit_cifar.results.report import commit, versions
 from lit_cifar.run.folder import RESULTS, RUNS
+from lit_cifar.run.stop import Stopped
 
 STAGES = ("fit", "step", "loader")
 USAGE = """usage: python -m lit_cifar.bench CONFIG [--runs N] [--stage STAGE] [--warm true] [any flag of lit_cifar.fit]
@@ -128,7 +136,7 @@ def device() -> str:
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), model)
     return f"CPU, {os.cpu_count()} cores, {threads}: {model}"
 
@@ -148,7 +156,7 @@ def _bench_fit(config: str, num_runs: int, warm: bool, flags: list[str]) -> dict
         raise UserError("--trainer.limit_test_batches 0: bench measures the accuracy of tests, leave it out")
     seed = settings.seed_everything
     results = []
-    with tempfile.TemporaryDirectory(prefix="lit_cifar-bench-") as folder:
+    with _ended_in_order(), tempfile.TemporaryDirectory(prefix="lit_cifar-bench-") as folder:
         flags = [*flags, "--trainer.default_root_dir", folder]
         if warm:
             _fit_here([*flags, "--trainer.max_steps", str(WARM_UP_STEPS)], Path(folder))
@@ -187,6 +195,27 @@ def _bench_fit(config: str, num_runs: int, warm: bool, flags: list[str]) -> dict
     }
 
 
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Lets a signal that would end this process end the run of fit and remove the folder first."""
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) == signal.SIG_DFL]
+    try:
+        for number in numbers:
+            signal.signal(number, end)
+        yield
+    except Stopped:  # a run in this process that took the signal
+        sys.exit(128 + signal.SIGTERM)
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
@@ -197,11 +226,18 @@ def _megabytes(num_bytes: int | None) -> float | None:
 
 def _fit_in_process(args: list[str], folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "lit_cifar.fit", *args]
-    process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if process.returncode == 2:
-        raise UserError(process.stderr.strip().splitlines()[-1].removeprefix("lit_cifar: error: "))
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{process.stdout}{process.stderr}")
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        errors="backslashreplace",
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, LAUNCHER_VARIABLE: str(os.getpid()), "PYTHONIOENCODING": "utf-8"},
+    )
+    if done.returncode == 2:
+        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("lit_cifar: error: "))
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return _newest_results(folder)
 
 
@@ -213,7 +249,7 @@ def _fit_here(args: list[str], folder: Path) -> dict[str, Any]:
 
 def _newest_results(folder: Path) -> dict[str, Any]:
     newest = max(folder.glob(f"{RUNS}/version_*/{RESULTS}"), key=lambda path: path.stat().st_mtime_ns)
-    results: dict[str, Any] = json.loads(newest.read_text())
+    results: dict[str, Any] = json.loads(newest.read_bytes())
     return results
 
 
@@ -245,7 +281,7 @@ def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
     num_steps = limit if limit >= 0 else TIMED_STEPS + UNTIMED_STEPS
     untimed = min(UNTIMED_STEPS, num_steps // 2)
     milliseconds: dict[str, list[float]] = {"as configured": [], "barebones": []}
-    with tempfile.TemporaryDirectory(prefix="lit_cifar-bench-") as folder:
+    with _ended_in_order(), tempfile.TemporaryDirectory(prefix="lit_cifar-bench-") as folder:
         for _ in range(num_runs):
             for kind, measured in milliseconds.items():
                 stopwatch = _Stopwatch(untimed, num_steps)

@@ -1,6 +1,11 @@
 """`python -m lit_cifar.export`: writes a checkpoint's net for other programs, once the file agrees with the net.
 model/classifier.py has the net."""
 
+from lit_cifar import process
+
+if __name__ == "__main__":
+    process.begin()  # before the imports, which take seconds
+
 import contextlib
 import copy
 import importlib

@@ -44,10 +44,15 @@ def local_rank() -> int:
 
 def _launched(of_torchrun: str, of_slurm: str) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return int(os.environ[of_torchrun])
-    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
-        return int(os.environ.get(of_slurm, "0"))
-    return int(os.environ.get("LOCAL_RANK", "0")) if CHILD_VARIABLE in os.environ else 0
+        name = of_torchrun
+    elif "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+        name = of_slurm
+    elif CHILD_VARIABLE in os.environ:
+        name = "LOCAL_RANK"
+    else:
+        return 0
+    number = os.environ.get(name, "0")
+    return int(number) if number.isdecimal() else 0  # process.py reports what is no number
 
 
 def debug(line: str) -> None:

@@ -1,6 +1,11 @@
 """`python -m lit_cifar.predict`: classifies images, and prints a line for each. data/images.py decodes them;
 model/classifier.py has the net."""
 
+from lit_cifar import process
+
+if __name__ == "__main__":
+    process.begin()  # before the imports, which take seconds
+
 import csv
 import functools
 import glob

@@ -1,6 +1,11 @@
 """`python -m lit_cifar.sweep CONFIG --study SPACE.yaml --trials N`: searches settings with Optuna. fit.py trains and
 tests; cli/space.py reads what is searched, and cli/study.py keeps the trials."""
 
+from lit_cifar import process
+
+if __name__ == "__main__":
+    process.begin()  # before the imports, which take seconds
+
 import contextlib
 import gc
 import io
@@ -35,6 +40,7 @@ from lit_cifar.files import write_durably, writing
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.folder import RUNS, Run
 from lit_cifar.run.read import State, read_checkpoint
+from lit_cifar.run.stop import Stopped
 from lit_cifar.text import columns, printable
 from lit_cifar.training.dashboard import hyperparameters
 
@@ -206,6 +212,8 @@ class Sweep:
             return {}, str(error)
         except torch.OutOfMemoryError:
             return {}, "the GPU's memory is too small"
+        except Stopped as stopped:
+            raise Stopped(f"{str(stopped).split(';')[0]} of a trial; start the sweep again to go on") from stopped
         finally:
             if command.run is not None:
                 command.run.unlock()
@@ -251,7 +259,7 @@ class Sweep:
         lines += [f"#   {value}" for value in values]
         config = best_config(self.storage)
         with writing(config, "make its folder writable, and start the sweep again: only the test is left"):
-            write_durably(config, "\n".join([*lines, run.config.read_text()]).encode())
+            write_durably(config, "\n".join([*lines, run.config.read_text(encoding="utf-8")]).encode())
         print(f"Its config: {config}")
         if run.results.is_file():
             print(f"\nIt was tested before: {run.results}")

@@ -1,5 +1,10 @@
 """`python -m lit_cifar.test`: tests a checkpoint and reports as fit does. What other commands share is not here."""
 
+from lit_cifar import process
+
+if __name__ == "__main__":
+    process.begin()  # before the imports, which take seconds
+
 import time
 import warnings
 from pathlib import Path

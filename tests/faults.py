@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_cifar.errors import UserError
+
 
 class KillAt(Callback):
     """Ends this process with SIGKILL, as a cluster would, when it is about to take a step."""
@@ -74,3 +76,38 @@ class NoWaiting(Callback):
             torch.cuda.set_sync_debug_mode("error")
         if batch_idx == 90:
             torch.cuda.set_sync_debug_mode("default")
+
+
+class KillBeforeMeeting(Callback):
+    """Rank 1 of a node ends a rank with SIGKILL before the ranks have met."""
+
+    def __init__(self, rank: int) -> None:
+        if os.environ.get("LOCAL_RANK") == "1":
+            os.kill(os.getpid() if rank == 1 else os.getppid(), signal.SIGKILL)
+            time.sleep(600)
+
+
+class FailOnRank(Callback):
+    """A fault that the user can fix, on one rank alone."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == self.rank and batch_idx == 2:
+            raise UserError("this rank alone")
+
+
+class FaultyTransform(torch.nn.Module):
+    """Kills the process that applies it with a signal, or raises."""
+
+    def __init__(self, signal: int = 0) -> None:
+        super().__init__()
+        self.signal = signal
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        if torch.utils.data.get_worker_info() is not None:
+            if not self.signal:
+                raise KeyError("no\nsuch pixel")
+            os.kill(os.getpid(), self.signal)
+        return image

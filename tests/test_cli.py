@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -385,5 +386,9 @@ def test_another_pipe_than_the_output_that_breaks_keeps_its_traceback() -> None:
         with os.fdopen(writer, "wb", buffering=0) as pipe:
             pipe.write(b"unread")
 
-    with pytest.raises(BrokenPipeError):
-        errors.run(write_to_a_broken_pipe)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(BrokenPipeError):
+            errors.run(write_to_a_broken_pipe)
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -108,6 +108,17 @@ def test_a_signal_to_any_rank_stops_all_and_the_resumed_run_ends_the_same(
     assert_same_run("version_0", "version_1")
 
 
+def test_an_interrupt_and_another_end_a_training_in_silence(trainings: list[Training]) -> None:
+    training = Training(*ARGS, "--checkpoint.every_n_train_steps", "10", "--log_level", "info")
+    trainings.append(training)
+    training.wait_for("epoch 1  step  20")
+    os.kill(training.process.pid, signal.SIGINT)
+    os.kill(training.process.pid, signal.SIGINT)
+    assert training.end() == 130, training.output
+    assert "Traceback" not in training.output
+    assert torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] >= 10
+
+
 def test_a_signal_after_the_last_step_of_an_epoch_stops_there(monkeypatch: pytest.MonkeyPatch) -> None:
     from lit_cifar.training.progress import Progress
 

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 
 from lit_cifar import log
-from lit_cifar.cli import finders, machine
+from lit_cifar.cli import finders, launch, machine
 from lit_cifar.cli.parser import ConfigFile, Parser
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError
@@ -257,8 +257,16 @@ class CLI(LightningCLI):
             trainer = super().instantiate_trainer(**{**kwargs, **overrides})
         except (TypeError, ValueError) as error:  # how Lightning refuses a number of devices, a precision, ...
             raise UserError(f"the Trainer refuses its settings: {error}") from error
+        except KeyError as error:  # of a variable that srun or torchrun would have set
+            if not str(error.args[0]).isupper():
+                raise
+            raise UserError(
+                f"{error.args[0]} is not in the environment, which looks like Slurm's or torchrun's: start the command "
+                "with srun or torchrun, or unset their variables"
+            ) from error
         if slurm:
             machine.check_allocation(slurm, trainer)
+        launch.bound_waiting(trainer, config["strategy"])
         loop.install(trainer)
         return trainer
 

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -18,6 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_cifar import errors, log
+from lit_cifar.data.loader import worker_error
 from lit_cifar.errors import UserError
 from lit_cifar.run.stop import STOPPED, Stopped
 
@@ -26,6 +28,7 @@ from lit_cifar.run.stop import STOPPED, Stopped
 # thread, torch 2.14, 2 CPU cores); two threads gain nothing and lose much when another process wants a core
 SMALL_STEP = 2**20
 _num_threads = 0  # before they were reduced for small steps
+RANK_0_SECONDS = 5.0  # for rank 0 to end by itself
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 SWITCHED_ON = ("callbacks", "profilers", "tuner")  # parts of Lightning that do nothing unless they are chosen
@@ -151,6 +154,17 @@ def inherited(variable: str, value: str) -> Iterator[None]:
             os.environ[variable] = before
 
 
+@contextlib.contextmanager
+def workers_watched() -> Iterator[None]:
+    """Around a command: a signal handler of torch reports a worker that dies, wherever the command is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" in str(error) and (found := worker_error(error)):
+            raise found from error
+        raise
+
+
 def run(command: Callable[[list[str]], None]) -> NoReturn:
     """As `errors.run`; what Lightning refuses is the user's to fix too.
 
@@ -161,12 +175,16 @@ def run(command: Callable[[list[str]], None]) -> NoReturn:
     def on_this_rank(args: list[str]) -> None:
         set_log_level("info")  # until the settings are read
         try:
-            command(args)
+            with workers_watched():
+                command(args)
         except (UserError, MisconfigurationException) as error:
             rank = log.rank()
             if rank == 0:
                 raise UserError(str(error)) from error
-            if getattr(error, "of_node", False) and log.local_rank() == 0:
+            if log.CHILD_VARIABLE in os.environ:
+                time.sleep(RANK_0_SECONDS)  # rank 0 ends for the same reason, and this process with it; or says nothing
+                raise UserError(f"rank {rank}: {error}") from error
+            if getattr(error, "of_rank", False) or (getattr(error, "of_node", False) and log.local_rank() == 0):
                 raise UserError(f"rank {rank} on {socket.gethostname()}: {error}") from error
             sys.exit(2)
         except Stopped as stopped:

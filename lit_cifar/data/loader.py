@@ -7,7 +7,9 @@ nor what ran before have a say in it.
 
 import itertools
 import random
+import re
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lit_cifar.data.augment import Augment, Draws
 from lit_cifar.data.seeds import make_generator, seed_of
@@ -254,13 +256,18 @@ class DeviceLoader:
         assert self._workers is not None
         self._keys.epoch, self._keys.shares = epoch, self.batches.shares(epoch, start)
         draws = self._draws(epoch)
-        for share, (images, labels) in zip(self._keys.shares, self._workers, strict=True):
-            if isinstance(images, str):
-                raise UserError(images)
-            images = images.to(self.device, non_blocking=True)
-            if self.augment is not None:
-                images = self.augment.apply(images, draws[share.to(self.device)])
-            yield images, labels.to(self.device, non_blocking=True)
+        try:
+            for share, (images, labels) in zip(self._keys.shares, self._workers, strict=True):
+                if isinstance(images, str):
+                    raise of_this_rank(images)
+                images = images.to(self.device, non_blocking=True)
+                if self.augment is not None:
+                    images = self.augment.apply(images, draws[share.to(self.device)])
+                yield images, labels.to(self.device, non_blocking=True)
+        except UserError:
+            raise
+        except Exception as error:
+            raise worker_error(error) or error from None
 
 
 class _Keys:
@@ -306,6 +313,32 @@ class _Transformed(Dataset[tuple[Tensor | str, Tensor]]):
         return image, self.split.labels[index]
 
 
+def of_this_rank(line: str) -> UserError:
+    """An error that other ranks need not have."""
+    failed = UserError(line)
+    failed.of_rank = True
+    return failed
+
+
+def worker_error(error: BaseException) -> UserError | None:
+    """What an error of a DataLoader and its workers means; None if it is another one.
+
+    A worker that dies is noticed wherever the main process happens to be, not only where it asks for a batch.
+    """
+    text = f"{error} {error.__cause__}"  # the cause names the signal
+    if re.search(r"shared memory|Bus error|/torch_\d", text):
+        return of_this_rank(
+            "the shared memory (/dev/shm) is too small for the batches of --data.num_workers: give it more, in docker "
+            "by --shm-size 1g, or choose --data.num_workers 0"
+        )
+    if "Too many open files" in text or "ancdata" in text:
+        return of_this_rank("too many files are open for --data.num_workers: raise ulimit -n, or choose fewer workers")
+    if re.search(r"DataLoader worker \(pid.*?\) (is killed by signal|exited unexpectedly)", text):
+        why = " (for want of memory, perhaps)" if "Killed" in text else ""
+        return of_this_rank(f"a process of --data.num_workers has died{why}: choose fewer, or --data.num_workers 0")
+    return None
+
+
 def _apply(transform: Callable[[Tensor], Tensor], original: Tensor) -> Tensor:
     """What a transform, or one after the other of a Sequential, makes of an image (3, 32, 32) uint8.
 
@@ -317,9 +350,11 @@ def _apply(transform: Callable[[Tensor], Tensor], original: Tensor) -> Tensor:
         try:
             image = part(image)
         except Exception as error:  # of others' code: anything
-            name, detail = type(part).__name__, printable(" ".join(str(error).split())) or "no message"
+            detail = printable(" ".join(str(error).split())) or "no message"
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {detail}, in {place.filename}:{place.lineno}"
             raise UserError(
-                f"--data.transform: {name} fails ({type(error).__name__}: {detail}); a transform gets one image at a "
+                f"--data.transform: {type(part).__name__} fails ({reason}); a transform gets one image at a "
                 f"time, {original.dtype} {tuple(original.shape)}, without its label and the rest of the batch"
             ) from error
     if not isinstance(image, Tensor) or image.dtype != original.dtype or image.shape != original.shape:
@@ -335,8 +370,13 @@ def _collate(samples: list[tuple[Tensor | str, Tensor]]) -> tuple[Tensor | str, 
     if not samples:  # a rank's share of a short last batch may be empty
         return torch.empty(0, 3, 32, 32, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
     images, labels = zip(*samples, strict=True)
-    failed = next((image for image in images if isinstance(image, str)), None)
-    return failed or torch.stack(images), torch.stack(labels)
+    if failed := next((image for image in images if isinstance(image, str)), None):
+        return failed, torch.stack(labels)
+    batch = torch.stack(images), torch.stack(labels)
+    if get_worker_info() is not None:
+        for tensor in batch:  # here, where an error reaches the main process; the queue would lose it, and a batch
+            tensor.share_memory_()
+    return batch
 
 
 def check_transform(transform: Callable[[Tensor], Tensor], split: Split) -> None:
