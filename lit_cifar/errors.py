@@ -3,12 +3,16 @@
 import argparse
 import io
 import os
+import re
 import select
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from types import CodeType, FunctionType
+from typing import NoReturn, TypeVar
 
+Function = TypeVar("Function", bound=Callable[..., object])
+MEMORY = r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|MemoryError|Unable to allocate"
 READER_GONE = 128 + 13  # the exit code of a program that SIGPIPE ends, such as `yes` in `yes | head`
 
 
@@ -16,10 +20,44 @@ class UserError(ValueError):
     """Bad input: the message is one line that names the cause and the way out; commands exit with 2."""
 
     of_node = False  # whether it may be wrong on this node and on no other
+    of_process = False  # whether it may be wrong for this process and for no other
 
 
 class DivergedError(UserError):
     """A training run whose loss or weights are no longer finite."""
+
+
+_callers: dict[CodeType, str] = {}  # of what the user chose, and what they do
+
+
+def calls_chosen(doing: str) -> Callable[[Function], Function]:
+    """Marks a function that calls what the user chose: a net, a callback, a logger, a strategy, the Trainer itself.
+
+    What is raised in there is the user's to fix (cli/blame.py). The function itself stays as it was.
+
+    Args:
+        doing: what it does, for messages: 'in training'.
+    """
+
+    def mark(function: Function) -> Function:
+        assert isinstance(function, FunctionType)
+        codes = [function.__code__]
+        for code in codes:  # and functions within it
+            _callers[code] = doing
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        return function
+
+    return mark
+
+
+def what_calls(code: CodeType) -> str | None:
+    """What a function does that `calls_chosen` marked; None for others."""
+    return _callers.get(code)
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory was short, of the machine or of a GPU."""
+    return re.search(MEMORY, f"{type(error).__name__}: {error}") is not None
 
 
 class FlagParser(argparse.ArgumentParser):

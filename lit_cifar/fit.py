@@ -13,10 +13,10 @@ from typing import Any  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 
 from lit_cifar import log  # noqa: E402
-from lit_cifar.cli import machine  # noqa: E402
+from lit_cifar.cli import checks, machine  # noqa: E402
 from lit_cifar.cli.command import CLI, set_up  # noqa: E402
 from lit_cifar.cli.parser import TRUST, Parser  # noqa: E402
-from lit_cifar.errors import UserError  # noqa: E402
+from lit_cifar.errors import UserError, calls_chosen  # noqa: E402
 from lit_cifar.files import writing  # noqa: E402
 from lit_cifar.model.classifier import checked_config  # noqa: E402
 from lit_cifar.results.report import peak_memory, print_report, write_results  # noqa: E402
@@ -63,8 +63,10 @@ def prepare(command: CLI, *stages: str) -> None:
         check_state(command.state, command.trainer, command.model)
         _check_position(command.state, command.plain_config, len(data.train_batches()))
     command.model.set_classes(data.classes)
+    checks.check_training(command.trainer, command.model, data)
 
 
+@calls_chosen("in training")
 def train(command: CLI, started: float) -> dict[str, float]:
     """Trains, from the command's state if it has one, and gives the seconds of `results.json` so far.
 
@@ -92,6 +94,7 @@ def train(command: CLI, started: float) -> dict[str, float]:
     }
 
 
+@calls_chosen("in the test")
 def finish(command: CLI, started: float, seconds: dict[str, float]) -> None:
     """Tests once, writes `results.json` and prints the report.
 

@@ -1,6 +1,7 @@
 """The one LightningCLI: from settings to trainer, module and data module. parser.py words what is wrong with settings,
 machine.py knows the machine."""
 
+import importlib
 import inspect
 import pkgutil
 import shlex
@@ -13,15 +14,17 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 from lit_cifar import log
-from lit_cifar.cli import machine
+from lit_cifar.cli import checks, machine
 from lit_cifar.cli.parser import ConfigFile, Parser
 from lit_cifar.data.datamodule import CIFAR10DataModule
-from lit_cifar.errors import UserError
+from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.folder import Run
 from lit_cifar.run.logger import make_loggers
@@ -176,12 +179,14 @@ class CLI(LightningCLI):
         if self._build:
             self.build()
 
+    @calls_chosen("to be made of its settings")
     def build(self) -> None:
         """Makes the run, the data module, the module and the trainer.
 
         Raises:
             UserError: the settings do not go together, or not with this machine.
         """
+        checks.check_seed(self.config["seed_everything"])
         super()._set_seed()
         self.run = self._find_run()
         data = self._set_num_classes()
@@ -191,6 +196,10 @@ class CLI(LightningCLI):
         self._loggers = self.config["trainer"].pop("logger")
         super().instantiate_classes()
         self.config = config
+        if not isinstance(self.model.net, nn.Module):
+            raise UserError(
+                f"--model.net gives {type(self.model.net).__name__}, no torch.nn.Module: name a net's class"
+            )
         self.datamodule.adopt_prepared(data)
         self.datamodule.trainer = self.trainer
         self.model.config = self.plain_config
@@ -222,12 +231,14 @@ class CLI(LightningCLI):
                     net["init_args"]["num_classes"] = data.count_classes()
         return data
 
+    @calls_chosen("to be set up")
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
-        interactive = sys.stdout.isatty()
+        checks.check_ranges(config)
+        has_bar = checks.check_bars(config, _as_list(config["callbacks"]))
         overrides: dict[str, Any] = {}
         if config["enable_progress_bar"] is None:
-            overrides["enable_progress_bar"] = interactive
+            overrides["enable_progress_bar"] = has_bar or sys.stdout.isatty()
         if not self.config["data"]["num_val"]:
             overrides["limit_val_batches"] = 0
         overrides["callbacks"] = [*_as_list(config["callbacks"]), DeviceShapes(), Dashboard(self._command)]
@@ -235,7 +246,7 @@ class CLI(LightningCLI):
             overrides["callbacks"].insert(0, OpenRun(self.run, self.config_text))
         if self._has_several_devices(config):
             overrides["callbacks"].append(SlowRank())
-        if overrides.get("enable_progress_bar", config["enable_progress_bar"]):
+        if overrides.get("enable_progress_bar", config["enable_progress_bar"]) and not has_bar:
             overrides["callbacks"].append(ProgressBar())
         overrides["plugins"] = [*_as_list(config["plugins"]), DurableCheckpointIO()]
         slurm = None
@@ -252,8 +263,10 @@ class CLI(LightningCLI):
             self.parser.callback_keys.remove("checkpoint")
         try:
             trainer = super().instantiate_trainer(**{**kwargs, **overrides})
-        except (TypeError, ValueError) as error:  # how Lightning refuses a number of devices, a precision, ...
+        # how Lightning refuses a number of devices, a precision, a plugin, ...
+        except (TypeError, ValueError, MisconfigurationException) as error:
             raise UserError(f"the Trainer refuses its settings: {error}") from error
+        checks.check_launcher(trainer, config["strategy"])
         if slurm:
             machine.check_allocation(slurm, trainer)
         loop.install(trainer)
@@ -339,7 +352,12 @@ def _recipe(configs: Sequence[Any] | None) -> str:
 
 def _parameter(class_path: str, name: str) -> inspect.Parameter | None:
     """A parameter in the own signature of a class or function, not one that it hands on by **kwargs."""
-    return inspect.signature(pkgutil.resolve_name(class_path)).parameters.get(name)
+    module, _, name_in_module = class_path.rpartition(".")
+    try:  # before a module of that name, such as torchvision.models.alexnet, which holds a function alexnet
+        named = getattr(importlib.import_module(module), name_in_module)
+    except (ImportError, AttributeError):  # a class within a class
+        named = pkgutil.resolve_name(class_path)
+    return inspect.signature(named).parameters.get(name)
 
 
 def _as_list(value: Any) -> list[Any]:

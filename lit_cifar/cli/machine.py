@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -13,11 +15,11 @@ from typing import NoReturn
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_cifar import errors, log
+from lit_cifar.cli import blame
 from lit_cifar.errors import UserError
 from lit_cifar.run.stop import STOPPED, Stopped
 
@@ -25,6 +27,7 @@ from lit_cifar.run.stop import STOPPED, Stopped
 # tutorial's net at batch 4 (0.25 million): forward, backward and SGD take 1.65 ms with oneDNN and 1.20 without (one
 # thread, torch 2.14, 2 CPU cores); two threads gain nothing and lose much when another process wants a core
 SMALL_STEP = 2**20
+SECONDS_OF_RANK_0 = 5.0  # after which another process says what it has found
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 
@@ -130,21 +133,26 @@ def inherited(variable: str, value: str) -> Iterator[None]:
 
 
 def run(command: Callable[[list[str]], None]) -> NoReturn:
-    """As `errors.run`; what Lightning refuses is the user's to fix too.
+    """As `errors.run`; what is the user's to fix although Lightning, a package or a net complains is so too.
 
-    Only the first process says so, and where it may be wrong on one node alone, the first process of each node. A
-    training run that a signal stopped ends with code STOPPED.
+    Only the first process says so, and where it may be wrong on one node alone, the first process of each node. What is
+    found by one process alone is said by that one. A training run that a signal stopped ends with code STOPPED.
     """
 
     def on_this_rank(args: list[str]) -> None:
         set_log_level("info")  # until the settings are read
         try:
-            command(args)
-        except (UserError, MisconfigurationException) as error:
+            explained(command, args)
+        except UserError as error:
+            if log.is_said("debug"):
+                traceback.print_exception(error)
             rank = log.rank()
             if rank == 0:
-                raise UserError(str(error)) from error
+                raise
             if getattr(error, "of_node", False) and log.local_rank() == 0:
+                raise UserError(f"rank {rank} on {socket.gethostname()}: {error}") from error
+            if error.of_process:
+                time.sleep(SECONDS_OF_RANK_0)  # in which it says so if it has found the same, and ends this process
                 raise UserError(f"rank {rank} on {socket.gethostname()}: {error}") from error
             sys.exit(2)
         except Stopped as stopped:
@@ -154,3 +162,18 @@ def run(command: Callable[[list[str]], None]) -> NoReturn:
             sys.exit(STOPPED)
 
     errors.run(on_this_rank)
+
+
+def explained(command: Callable[[list[str]], None], args: list[str]) -> None:
+    """Runs a command, whose exceptions are UserError where blame.py says that the user can fix them."""
+    try:
+        command(args)
+    except (UserError, Stopped):
+        raise
+    except Exception as error:
+        line = blame.explain(error)
+        if line is None:
+            raise
+        explanation = UserError(line)
+        explanation.of_process = True
+        raise explanation from error

@@ -9,7 +9,7 @@ import jsonargparse
 import torch
 from torch import Tensor, nn
 
-from lit_cifar.errors import UserError
+from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.files import local_path
 from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.trust import check_trusted
@@ -67,6 +67,7 @@ class Classifier(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
+    @calls_chosen("on images")
     def forward(self, images: Tensor) -> Tensor:
         """Maps images (B, 3, 32, 32) uint8 0..255 to logits (B, K): scales, normalises, applies the net to all views.
 

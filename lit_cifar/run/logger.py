@@ -2,6 +2,7 @@
 training/dashboard.py fills TensorBoard's pages."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def make_loggers(chosen: Any, run: Run, resumed_step: int | None) -> list[Logger
         try:
             loggers.append(parser.instantiate_classes(parser.parse_object({"logger": settings})).logger)
         except Exception as error:  # a logger raises anything where its package is missing or its server is not there
-            reason = " ".join(str(error).split())
+            reason = re.sub(r"^Problem with given class_path '.*?': ", "", " ".join(str(error).split()))
             raise UserError(f"--trainer.logger {settings.class_path} cannot be made: {reason}") from error
     return loggers
 
