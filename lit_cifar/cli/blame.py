@@ -3,8 +3,9 @@ refuses before a run begins what can be known then.
 
 It depends on where the exception was raised and on what was being done, not on its type. What is raised in others'
 code, while a function marked by `errors.calls_chosen` calls it, is about what the user chose. What is raised in this
-package, or in torch where this package calls it for itself, is a bug. Only where memory is short does the place not
-matter.
+package, or in torch where this package calls it for itself, is a bug. Files of the user's own, which are no installed
+package's, are under development: what fails in them while a net trains keeps its traceback too. Only where memory is
+short does the place not matter.
 """
 
 import os
@@ -32,17 +33,22 @@ from lit_cifar.text import printable
 
 OURS = str(Path(lit_cifar.__file__).parent) + os.sep
 INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+WORKER = "Original Traceback"  # within a message: one of a DataLoader's worker
 NUM_CHARACTERS = 400  # of a message at most: torch's may be pages long
+PEER_GONE = r"(closed|reset) by peer|remote process exited"
 # what torch and Lightning say, and the way out
-WAYS_OUT = (
-    (r"Expected to have finished reduction", "some parameters of the net have no part in a step: add --strategy "
-     "ddp_find_unused_parameters_true"),
-    (r"Expected more than 1 value per channel", "BatchNorm needs more than one image in a batch: add --data.drop_last "
-     "true, or choose another --batch_size"),
-    (r"labels should be index", "it takes whole batches, and --data.transform gives it single images: leave it out"),
-    (r"does not have a deterministic implementation", "add --trainer.deterministic warn, or leave it out"),
-    (r"pip install|HINT", "install what is missing, or leave it out"),
-)  # fmt: skip
+WAYS_OUT = {
+    r"Expected to have finished reduction|parameters that were not used in producing the loss": (
+        "some parameters of the net have no part in a step: add --strategy ddp_find_unused_parameters_true"
+    ),
+    r"Expected more than 1 value per channel": (
+        "BatchNorm needs more than one image in a batch: add --data.drop_last true, or choose another --batch_size"
+    ),
+    r"labels should be index": "it takes whole batches, and --data.transform gives it single images: leave it out",
+    r"does not have a deterministic implementation": "add --trainer.deterministic warn, or leave it out",
+    PEER_GONE: "another process of this run has ended: see what it said",
+    r"pip install|HINT": "install what is missing, or leave it out",
+}
 PARTS = (
     (Callback, "the callback"),
     (Logger, "the logger"),
@@ -54,8 +60,9 @@ PARTS = (
     (Strategy, "the strategy"),
     (nn.Module, "the module"),
 )
+MAKING = ("to be made of its settings", "when its layers were given their shapes")  # the user's own classes too
 # what is meant where no part is found, and what a module is
-UNKNOWN = {"to be made of its settings": "what the settings name", "on an image": "the transform"}
+UNKNOWN = {"to be made of its settings": "something", "on an image": "the transform"}
 MODULES = {"on images": "the net", "on an image": "the transform"}
 
 
@@ -74,14 +81,25 @@ def explain(error: BaseException) -> str | None:
     if doing is None:
         return None
     message = _message(error)
-    way_out = next((way for pattern, way in WAYS_OUT if re.search(pattern, message)), "fix it or choose another one")
-    part, place = _part(theirs, doing), _place(error, num_ours)
-    return f"{part} failed {doing}{place}: {type(error).__name__}: {message}: {way_out}; --log_level debug prints more"
+    way_out = next((way for pattern, way in WAYS_OUT.items() if re.search(pattern, message)), None)
+    place = _place(error, num_ours)
+    if place and not way_out and doing not in MAKING:
+        return None
+    classes = re.findall(r"class_path='[^']*?(\w+)'", str(error))  # in the value that jsonargparse reports
+    return (
+        f"{' or '.join(classes) or _part(theirs, doing)} failed {doing}{place}: {type(error).__name__}: {message}: "
+        f"{way_out or 'fix it or choose another one'}; --log_level debug prints more"
+    )
+
+
+def is_of_another_process(error: BaseException) -> bool:
+    """Whether an exception says that another process has ended."""
+    return re.search(PEER_GONE, str(error)) is not None
 
 
 def _message(error: BaseException) -> str:
     text = str(error)
-    if "Original Traceback" in text:  # of a DataLoader's worker
+    if WORKER in text:
         text = text.strip().splitlines()[-1]
     text = printable(" ".join(gist(text).split())).rstrip(".")
     return text if len(text) <= NUM_CHARACTERS else f"{text[:NUM_CHARACTERS]}..."
@@ -103,8 +121,11 @@ def _part(frames: list[FrameType], doing: str) -> str:
 
 def _place(error: BaseException, num_ours: int) -> str:
     """Where in the user's own files it was raised, which are no installed package's; empty if in none."""
-    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))[num_ours:]):
-        path = frame.f_code.co_filename
+    frames = list(traceback.walk_tb(error.__traceback__))[num_ours:]
+    places = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in frames]
+    if WORKER in str(error):
+        places += re.findall(r'File "(.*?)", line (\d+), in (\S+)', str(error))
+    for path, line, function in reversed(places):
         if not path.startswith((*INSTALLED, OURS, "<")) and Path(path).is_file():
-            return f" at {printable(path)}:{line} in {frame.f_code.co_name}"
+            return f" at {printable(path)}:{line} in {function}"
     return ""

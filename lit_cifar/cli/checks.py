@@ -1,6 +1,7 @@
 """What is refused before a run begins, because Lightning takes it silently or complains when work is done. parser.py
 checks each setting's type; blame.py words what is found out too late for this."""
 
+import os
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -55,6 +56,17 @@ def check_ranges(settings: Any) -> None:
             raise UserError(
                 f"--trainer.min_{what} {least} is more than --trainer.max_{what} {most}: change one of them"
             )
+
+
+def check_port() -> None:
+    """Checks the port that several processes meet at, where the environment names one.
+
+    Raises:
+        UserError: it is none.
+    """
+    port = os.environ.get("MASTER_PORT", "1")
+    if not (port.isdecimal() and 0 <= int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={printable(port)} is no port: unset it, or choose a number from 1 to 65535")
 
 
 def check_bars(settings: Any, callbacks: list[Any]) -> bool:

@@ -229,6 +229,9 @@ class CLI(LightningCLI):
             if net["init_args"]["num_classes"] in untouched:
                 with machine.on_each_node():
                     net["init_args"]["num_classes"] = data.count_classes()
+            num_classes = net["init_args"]["num_classes"]
+            if isinstance(num_classes, int) and num_classes < 1:
+                raise UserError(f"--model.net.num_classes {num_classes} is out of range: choose 1 or more")
         return data
 
     @calls_chosen("to be set up")
@@ -245,6 +248,7 @@ class CLI(LightningCLI):
         if self.run is not None:
             overrides["callbacks"].insert(0, OpenRun(self.run, self.config_text))
         if self._has_several_devices(config):
+            checks.check_port()
             overrides["callbacks"].append(SlowRank())
         if overrides.get("enable_progress_bar", config["enable_progress_bar"]) and not has_bar:
             overrides["callbacks"].append(ProgressBar())

@@ -27,7 +27,7 @@ from lit_cifar.run.stop import STOPPED, Stopped
 # tutorial's net at batch 4 (0.25 million): forward, backward and SGD take 1.65 ms with oneDNN and 1.20 without (one
 # thread, torch 2.14, 2 CPU cores); two threads gain nothing and lose much when another process wants a core
 SMALL_STEP = 2**20
-SECONDS_OF_RANK_0 = 5.0  # after which another process says what it has found
+SECONDS_OF_RANK_0 = 10.0  # after which another process says what it has found
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 
@@ -151,8 +151,7 @@ def run(command: Callable[[list[str]], None]) -> NoReturn:
                 raise
             if getattr(error, "of_node", False) and log.local_rank() == 0:
                 raise UserError(f"rank {rank} on {socket.gethostname()}: {error}") from error
-            if error.of_process:
-                time.sleep(SECONDS_OF_RANK_0)  # in which it says so if it has found the same, and ends this process
+            if error.of_process and _is_rank_0_silent():
                 raise UserError(f"rank {rank} on {socket.gethostname()}: {error}") from error
             sys.exit(2)
         except Stopped as stopped:
@@ -162,6 +161,16 @@ def run(command: Callable[[list[str]], None]) -> NoReturn:
             sys.exit(STOPPED)
 
     errors.run(on_this_rank)
+
+
+def _is_rank_0_silent() -> bool:
+    """Waits for the first process, which has perhaps found the same and said so: it ends then, as does its launcher."""
+    launcher, until = os.getppid(), time.monotonic() + SECONDS_OF_RANK_0
+    while time.monotonic() < until:
+        if os.getppid() != launcher:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def explained(command: Callable[[list[str]], None], args: list[str]) -> None:
@@ -175,5 +184,5 @@ def explained(command: Callable[[list[str]], None], args: list[str]) -> None:
         if line is None:
             raise
         explanation = UserError(line)
-        explanation.of_process = True
+        explanation.of_process = not blame.is_of_another_process(error)
         raise explanation from error

@@ -43,9 +43,10 @@ SHORT_FLAGS = {
 PATHS = {"data_dir", "default_root_dir", "resume", "ckpt_path", "output", "study", "storage"}  # settings that are paths
 TRUST = "true: make classes that the checkpoint names, of any package"
 LOST = "Unable to serialize instance "  # what jsonargparse writes in place of a default that is no plain value
-# jsonargparse lists reasons for each type that a value may have: any wrong value has the first ones, and a class that is
-# meant for one type has the others for the other types
-EVERY_TYPES, OTHER_TYPES = "Expected a (<class|path but|typing)|Does not validate", "Import path|Expected a dot|unknown"
+# jsonargparse lists a reason for each type that a value may have: any wrong value has the first ones, and a class that
+# is meant for one type has the others for the other types
+EVERY_TYPES = "Expected a (<class|path but|typing)|Does not validate"
+OTHER_TYPES = "Import path|Expected a dot|unknown"
 
 # such as the interval of Lightning's Timer, which is a default and no text
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))

@@ -70,9 +70,10 @@ def check_training(
     with _unchanged(net, device):  # in the modes of its layers, some of which may be frozen
         for side in dict.fromkeys(sides):
             _logits(net, lambda images, side=side: forward(images, side), 2, device, side)  # type: ignore[misc]
-        if has_norm and 1 in num_images:
+            if not has_norm or 1 not in num_images:
+                continue
             try:
-                forward(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device), None)
+                forward(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device), side)
             except ValueError as error:
                 raise UserError(
                     f"BatchNorm of {name} needs more than one image, and a batch is to have one: add --data.drop_last "
@@ -114,8 +115,8 @@ def _logits(
         raise UserError(f"{name} gives {type(logits).__name__}{mode}, not logits, a tensor (B, K){hint}")
     if logits.ndim != 2 or len(logits) != num_images:
         raise UserError(
-            f"{name} gives a tensor {tuple(logits.shape)} for {num_images} image(s){mode}: return logits (B, K), one row "
-            "of K numbers for each image"
+            f"{name} gives a tensor {tuple(logits.shape)} for {num_images} image(s){mode}: return logits (B, K), one "
+            "row of K numbers for each image"
         )
     if not logits.is_floating_point():
         raise UserError(f"{name} gives logits of {logits.dtype}{mode}: return real floating-point numbers")
