@@ -35,7 +35,6 @@ OURS = str(Path(lit_cifar.__file__).parent) + os.sep
 INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 WORKER = "Original Traceback"  # within a message: one of a DataLoader's worker
 NUM_CHARACTERS = 400  # of a message at most: torch's may be pages long
-PEER_GONE = r"(closed|reset) by peer|remote process exited"
 # what torch and Lightning say, and the way out
 WAYS_OUT = {
     r"Expected to have finished reduction|parameters that were not used in producing the loss": (
@@ -46,7 +45,6 @@ WAYS_OUT = {
     ),
     r"labels should be index": "it takes whole batches, and --data.transform gives it single images: leave it out",
     r"does not have a deterministic implementation": "add --trainer.deterministic warn, or leave it out",
-    PEER_GONE: "another process of this run has ended: see what it said",
     r"pip install|HINT": "install what is missing, or leave it out",
 }
 PARTS = (
@@ -92,9 +90,10 @@ def explain(error: BaseException) -> str | None:
     )
 
 
-def is_of_another_process(error: BaseException) -> bool:
-    """Whether an exception says that another process has ended."""
-    return re.search(PEER_GONE, str(error)) is not None
+def is_another_process_gone(error: BaseException) -> bool:
+    """Whether an exception says that the process at the other end has ended, in a collective call."""
+    pattern = r"(closed|reset) by peer|remote process exited"  # gloo's and NCCL's words
+    return isinstance(error, RuntimeError) and re.search(pattern, str(error)) is not None
 
 
 def _message(error: BaseException) -> str:

@@ -90,10 +90,7 @@ def check_launcher(trainer: Trainer, strategy: Any) -> None:
         UserError: they are copies, such as those of ddp_spawn and ddp_notebook: what they learn stays in them.
     """
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        name = getattr(trainer.strategy, "strategy_name", None) or type(trainer.strategy).__name__
-        raise UserError(
-            f"--strategy {name} trains in copies of this process, which is for notebooks: use --strategy ddp"
-        )
+        raise UserError(f"--strategy {strategy} is for notebooks, and its results stay in copies: use --strategy ddp")
 
 
 def check_training(trainer: Trainer, module: LitClassifier, data: CIFAR10DataModule) -> None:

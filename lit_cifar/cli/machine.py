@@ -136,7 +136,8 @@ def run(command: Callable[[list[str]], None]) -> NoReturn:
     """As `errors.run`; what is the user's to fix although Lightning, a package or a net complains is so too.
 
     Only the first process says so, and where it may be wrong on one node alone, the first process of each node. What is
-    found by one process alone is said by that one. A training run that a signal stopped ends with code STOPPED.
+    found by one process alone is said by that one, and the others end with code 1: perhaps it was killed, and a restart
+    helps. A training run that a signal stopped ends with code STOPPED.
     """
 
     def on_this_rank(args: list[str]) -> None:
@@ -154,6 +155,12 @@ def run(command: Callable[[list[str]], None]) -> NoReturn:
             if error.of_process and _is_rank_0_silent():
                 raise UserError(f"rank {rank} on {socket.gethostname()}: {error}") from error
             sys.exit(2)
+        except RuntimeError as error:
+            if not blame.is_another_process_gone(error):
+                raise
+            if log.rank() == 0:
+                print("lit_cifar: another process of this run has ended: see its error, if it had one", file=sys.stderr)
+            sys.exit(1)
         except Stopped as stopped:
             if log.rank() == 0:
                 sys.stdout.flush()
@@ -180,9 +187,9 @@ def explained(command: Callable[[list[str]], None], args: list[str]) -> None:
     except (UserError, Stopped):
         raise
     except Exception as error:
-        line = blame.explain(error)
+        line = None if blame.is_another_process_gone(error) else blame.explain(error)
         if line is None:
             raise
         explanation = UserError(line)
-        explanation.of_process = not blame.is_of_another_process(error)
+        explanation.of_process = True
         raise explanation from error

@@ -45,7 +45,7 @@ TRUST = "true: make classes that the checkpoint names, of any package"
 LOST = "Unable to serialize instance "  # what jsonargparse writes in place of a default that is no plain value
 # jsonargparse lists a reason for each type that a value may have: any wrong value has the first ones, and a class that
 # is meant for one type has the others for the other types
-EVERY_TYPES = "Expected a (<class|path but|typing)|Does not validate"
+EVERY_TYPES = "Expected a (<class|path but|typing)|Does not validate|Not a valid subclass|a class path|a dict "
 OTHER_TYPES = "Import path|Expected a dot|unknown"
 
 # such as the interval of Lightning's Timer, which is a default and no text
@@ -112,7 +112,7 @@ class Parser(LightningArgumentParser):
         """One line out of jsonargparse's several: the flag as typed, what is wrong, the nearest right one."""
         found = re.match(r'[Pp]arser key "([^"]+)":', message)
         if found and (reason := gist(message)) != message:
-            return f"{self._as_typed(found[1])}: {reason}"
+            return f"{self._as_typed(found[1].rstrip('+'))}: {reason}"
         message = " ".join(message.split())
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
