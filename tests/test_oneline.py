@@ -20,6 +20,7 @@ from lit_cifar.cli.parser import gist
 from lit_cifar.data import shapes
 from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
+from lit_cifar.model.classifier import load
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.nets import Net
 from lit_cifar.training import loop
@@ -477,10 +478,29 @@ def test_what_one_process_alone_finds_is_said_by_it(run_command: Run) -> None:
 
 def test_the_reason_that_matters_is_found_among_jsonargparses() -> None:
     message = (
-        "Does not validate against any of the Union subtypes\nSubtypes: [a, b]\nErrors:\n  - Expected a <class 'list'>\n"
+        "Does not validate against any of the Union subtypes\nSubtypes: [a]\nErrors:\n  - Expected a <class 'list'>\n"
         "  - Import path does not correspond to a subclass of B\n"
         "  - Problem with given class_path 'a.B':\n      no such\n      thing\n  - Expected a <class 'NoneType'>\n"
         "Given value type: <class 'str'>\nGiven value: - x"
     )
     assert gist(message) == "a.B: no such thing"
     assert gist("something else") == "something else"
+
+
+def test_a_process_whose_partner_is_gone_says_so_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(args: list[str]) -> None:
+        raise RuntimeError("[gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:8579")
+
+    monkeypatch.setattr(sys, "argv", ["fit"])
+    with pytest.raises(SystemExit) as done:
+        machine.run(lose)
+    assert done.value.code == 1, "a restart may help"
+    assert capsys.readouterr().err == "lit_cifar: another process of this run has ended: see its error, if it had one\n"
+
+
+def test_a_net_with_lazy_layers_is_loaded_again() -> None:
+    fit("--model.net", "test_oneline.Lazy", "--data.drop_last", "true")
+    net, classes = load("lightning_logs/version_0/checkpoints/last.ckpt", trust=True)
+    assert net(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, len(classes))

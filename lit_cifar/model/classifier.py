@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.files import local_path
+from lit_cifar.model.check import shape_lazy_layers
 from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.trust import check_trusted
 from lit_cifar.text import printable
@@ -205,4 +206,5 @@ def _make_net(settings: dict[str, Any]) -> nn.Module:
         raise UserError(f"the checkpoint's net cannot be made: {printable(' '.join(str(error).split()))}") from error
     if not isinstance(net, nn.Module):
         raise UserError("the checkpoint names no net")
+    shape_lazy_layers(net)
     return net
