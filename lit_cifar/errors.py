@@ -2,14 +2,17 @@
 
 import argparse
 import contextlib
+import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from types import CodeType, FunctionType
+from typing import NoReturn, TypeVar
 
-from lit_cifar import process
-from lit_cifar.process import ReaderGone
+from lit_cifar.process import INTERRUPTED, ReaderGone, begin, interrupt, is_interrupted, leave, output_failed
 
+Function = TypeVar("Function", bound=Callable[..., object])
+MEMORY = r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|MemoryError|Unable to allocate"
 READER_GONE = 128 + 13  # the exit code of a program that SIGPIPE ends, such as `yes` in `yes | head`
 
 
@@ -22,6 +25,39 @@ class UserError(ValueError):
 
 class DivergedError(UserError):
     """A training run whose loss or weights are no longer finite."""
+
+
+_callers: dict[CodeType, str] = {}  # of what the user chose, and what they do
+
+
+def calls_chosen(doing: str) -> Callable[[Function], Function]:
+    """Marks a function that calls what the user chose: a net, a callback, a logger, a strategy, the Trainer itself.
+
+    What is raised in there is the user's to fix (cli/blame.py). The function itself stays as it was.
+
+    Args:
+        doing: what it does, for messages: 'in training'.
+    """
+
+    def mark(function: Function) -> Function:
+        assert isinstance(function, FunctionType)
+        codes = [function.__code__]
+        for code in codes:  # and functions within it
+            _callers[code] = doing
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        return function
+
+    return mark
+
+
+def what_calls(code: CodeType) -> str | None:
+    """What a function does that `calls_chosen` marked; None for others."""
+    return _callers.get(code)
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory was short, of the machine or of a GPU."""
+    return re.search(MEMORY, f"{type(error).__name__}: {error}") is not None
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -41,24 +77,24 @@ def run(command: Callable[[list[str]], None], reader_gone: int = READER_GONE) ->
         command: takes the command line without the program's name.
         reader_gone: exit code when whatever reads the output has gone, such as `head`.
     """
-    process.begin()
-    if signal.getsignal(signal.SIGINT) is process.leave:
-        signal.signal(signal.SIGINT, process.interrupt)
+    begin()
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, interrupt)
     code: object = reader_gone
     with contextlib.suppress(ReaderGone):
         code = _code_of(command)
         sys.stdout.flush()
-    if signal.getsignal(signal.SIGINT) is process.interrupt:
-        signal.signal(signal.SIGINT, process.leave)  # Python's own end prints tracebacks too
-    sys.exit(2 if process.output_failed() and not code else code)  # type: ignore[arg-type]
+    if signal.getsignal(signal.SIGINT) is interrupt:
+        signal.signal(signal.SIGINT, leave)  # Python's own end prints tracebacks too
+    sys.exit(2 if output_failed() and not code else code)  # type: ignore[arg-type]
 
 
 def _code_of(command: Callable[[list[str]], None]) -> object:
     try:
         command(sys.argv[1:])
     except BaseException as error:
-        if process.is_interrupted():  # Lightning makes a SystemExit of it, and others other things
-            return process.INTERRUPTED
+        if is_interrupted():  # Lightning makes a SystemExit of it, and others other things
+            return INTERRUPTED
         if isinstance(error, SystemExit):
             return error.code
         if not isinstance(error, UserError):

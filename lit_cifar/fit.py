@@ -20,10 +20,10 @@ from jsonargparse import Namespace  # noqa: E402
 from lightning.pytorch import Trainer  # noqa: E402
 
 from lit_cifar import log  # noqa: E402
-from lit_cifar.cli import finders, machine  # noqa: E402
+from lit_cifar.cli import checks, finders, machine  # noqa: E402
 from lit_cifar.cli.command import CLI, set_up  # noqa: E402
 from lit_cifar.cli.parser import TRUST, Parser  # noqa: E402
-from lit_cifar.errors import UserError  # noqa: E402
+from lit_cifar.errors import UserError, calls_chosen  # noqa: E402
 from lit_cifar.files import check_place, writing  # noqa: E402
 from lit_cifar.model.classifier import checked_config  # noqa: E402
 from lit_cifar.results.report import peak_memory, print_report, write_results  # noqa: E402
@@ -76,8 +76,10 @@ def prepare(command: CLI, *stages: str) -> None:
         _check_position(command.state, command.plain_config, len(data.train_batches()))
         _check_length(command.state, command.trainer)
     command.model.set_classes(data.classes)
+    checks.check_training(command.trainer, command.model, data)
 
 
+@calls_chosen("in training")
 def train(command: CLI, started: float) -> dict[str, float]:
     """Trains, from the command's state if it has one, and gives the seconds of `results.json` so far.
 
@@ -109,6 +111,7 @@ def train(command: CLI, started: float) -> dict[str, float]:
     }
 
 
+@calls_chosen("in the test")
 def finish(command: CLI, started: float, seconds: dict[str, float]) -> None:
     """Tests once, writes `results.json` and prints the report.
 

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Any, NoReturn, TextIO
 
-from lit_cifar import log
+from lit_cifar.log import rank
 
 INTERRUPTED = 128 + signal.SIGINT
 LAUNCHER_VARIABLE = "LIT_CIFAR_LAUNCHER"  # the id of the process that started this one, which must not outlive it
@@ -59,7 +59,7 @@ class _Output(io.RawIOBase):
             if self.name:
                 raise ReaderGone(*error.args) from None
         except OSError as error:
-            if self.name and not self.failed and log.rank() == 0:
+            if self.name and not self.failed and rank() == 0:
                 self.failed = True
                 line = f"{self.name} cannot be written ({error.strerror}): make room, or send it elsewhere"
                 print(f"lit_cifar: error: {line}", file=sys.stderr, flush=True)
@@ -94,7 +94,7 @@ def begin() -> None:
     for name in NUMBERS:
         value = os.environ.get(name, "0")
         if not (value.isascii() and value.isdecimal()):
-            if log.rank() == 0:
+            if rank() == 0:
                 line = f"{name}={value!r} in the environment is not a whole number: correct or unset it"
                 print(f"lit_cifar: error: {line}", file=sys.stderr, flush=True)
             sys.exit(2)

@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from lit_cifar.cli import machine
 from lit_cifar.cli.command import set_up
 from lit_cifar.cli.parser import TRUST, Parser
-from lit_cifar.errors import UserError
+from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.files import check_output, write_durably, write_output, writing
 from lit_cifar.model.classifier import checked_config
 from lit_cifar.results.report import print_report, write_results
@@ -27,6 +27,7 @@ DATA_KEYS = ("data_dir", "dataset", "batch_size", "eval_batch_size", "mirrors")
 WAY_OUT = "choose another place with --output"
 
 
+@calls_chosen("in the test")
 def main(args: list[str]) -> None:
     """Tests and reports; `args` is the command line without the program's name."""
     started = time.perf_counter()

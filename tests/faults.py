@@ -111,3 +111,51 @@ class FaultyTransform(torch.nn.Module):
                 raise KeyError("no\nsuch pixel")
             os.kill(os.getpid(), self.signal)
         return image
+
+
+class RefusesArguments(Callback):
+    """Cannot be made."""
+
+    def __init__(self, width: int = 1) -> None:
+        raise ValueError("width must be even")
+
+
+class LogsAValue(Callback):
+    """Logs a value of its own."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log("own/value", 1.0)
+
+
+class RefusesAnImage(torch.nn.Module):
+    """A transform that fails on some of the images, and not on the first."""
+
+    num_images = 0
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.num_images += 1
+        if self.num_images == 30:
+            raise ValueError("a bad image")
+        return image
+
+
+class WithoutUse(torch.nn.Module):
+    """A net with a parameter that no step uses."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.used, self.unused = torch.nn.Linear(3072, num_classes), torch.nn.Linear(3, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.used(images.flatten(1))
+
+
+class NoMemory(Callback):
+    """Runs out of memory on one rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == self.rank and batch_idx == 2:
+            raise MemoryError

@@ -1,6 +1,7 @@
 """The one LightningCLI: from settings to trainer, module and data module. parser.py words what is wrong with settings,
 machine.py knows the machine."""
 
+import importlib
 import inspect
 import pkgutil
 import shlex
@@ -13,15 +14,17 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 from lit_cifar import log
-from lit_cifar.cli import finders, launch, machine
+from lit_cifar.cli import checks, finders, launch, machine
 from lit_cifar.cli.parser import ConfigFile, Parser
 from lit_cifar.data.datamodule import CIFAR10DataModule
-from lit_cifar.errors import UserError
+from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.folder import Run
 from lit_cifar.run.logger import make_loggers
@@ -176,12 +179,14 @@ class CLI(LightningCLI):
         if self._build:
             self.build()
 
+    @calls_chosen("to be made of its settings")
     def build(self) -> None:
         """Makes the run, the data module, the module and the trainer.
 
         Raises:
             UserError: the settings do not go together, or not with this machine.
         """
+        checks.check_seed(self.config["seed_everything"])
         super()._set_seed()
         self.run = self._find_run()
         data = self._set_num_classes()
@@ -193,6 +198,10 @@ class CLI(LightningCLI):
         self._loggers = self.config["trainer"].pop("logger")
         super().instantiate_classes()
         self.config = config
+        if not isinstance(self.model.net, nn.Module):
+            raise UserError(
+                f"--model.net gives {type(self.model.net).__name__}, no torch.nn.Module: name a net's class"
+            )
         self.datamodule.adopt_prepared(data)
         self.datamodule.trainer = self.trainer
         self.model.config = self.plain_config
@@ -222,14 +231,19 @@ class CLI(LightningCLI):
             if net["init_args"]["num_classes"] in untouched:
                 with machine.on_each_node():
                     net["init_args"]["num_classes"] = data.count_classes()
+            num_classes = net["init_args"]["num_classes"]
+            if isinstance(num_classes, int) and num_classes < 1:
+                raise UserError(f"--model.net.num_classes {num_classes} is out of range: choose 1 or more")
         return data
 
+    @calls_chosen("to be set up")
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
-        interactive = sys.stdout.isatty()
+        checks.check_ranges(config)
+        has_bar = checks.check_bars(config, _as_list(config["callbacks"]))
         overrides: dict[str, Any] = {}
         if config["enable_progress_bar"] is None:
-            overrides["enable_progress_bar"] = interactive
+            overrides["enable_progress_bar"] = has_bar or sys.stdout.isatty()
         if not self.config["data"]["num_val"]:
             overrides["limit_val_batches"] = 0
         ours = [finders.Found(self.run), DeviceShapes(), Dashboard(self._command)]
@@ -237,8 +251,9 @@ class CLI(LightningCLI):
         if self.run is not None:
             overrides["callbacks"].insert(0, OpenRun(self.run, self.config_text))
         if self._has_several_devices(config):
+            checks.check_port()
             overrides["callbacks"].append(SlowRank())
-        if overrides.get("enable_progress_bar", config["enable_progress_bar"]):
+        if overrides.get("enable_progress_bar", config["enable_progress_bar"]) and not has_bar:
             overrides["callbacks"].append(ProgressBar())
         overrides["plugins"] = [*_as_list(config["plugins"]), DurableCheckpointIO()]
         slurm = None
@@ -255,7 +270,8 @@ class CLI(LightningCLI):
             self.parser.callback_keys.remove("checkpoint")
         try:
             trainer = super().instantiate_trainer(**{**kwargs, **overrides})
-        except (TypeError, ValueError) as error:  # how Lightning refuses a number of devices, a precision, ...
+        # how Lightning refuses a number of devices, a precision, a plugin, ...
+        except (TypeError, ValueError, MisconfigurationException) as error:
             raise UserError(f"the Trainer refuses its settings: {error}") from error
         except KeyError as error:  # of a variable that srun or torchrun would have set
             if not str(error.args[0]).isupper():
@@ -264,6 +280,7 @@ class CLI(LightningCLI):
                 f"{error.args[0]} is not in the environment, which looks like Slurm's or torchrun's: start the command "
                 "with srun or torchrun, or unset their variables"
             ) from error
+        checks.check_launcher(trainer, config["strategy"])
         if slurm:
             machine.check_allocation(slurm, trainer)
         launch.bound_waiting(trainer, config["strategy"])
@@ -352,7 +369,12 @@ def _recipe(configs: Sequence[Any] | None) -> str:
 
 def _parameter(class_path: str, name: str) -> inspect.Parameter | None:
     """A parameter in the own signature of a class or function, not one that it hands on by **kwargs."""
-    return inspect.signature(pkgutil.resolve_name(class_path)).parameters.get(name)
+    module, _, name_in_module = class_path.rpartition(".")
+    try:  # before a module of that name, such as torchvision.models.alexnet, which holds a function alexnet
+        named = getattr(importlib.import_module(module), name_in_module)
+    except (ImportError, AttributeError):  # a class within a class
+        named = pkgutil.resolve_name(class_path)
+    return inspect.signature(named).parameters.get(name)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -14,11 +15,11 @@ from typing import NoReturn
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_cifar import errors, log
+from lit_cifar.cli import blame
 from lit_cifar.data.loader import worker_error
 from lit_cifar.errors import UserError
 from lit_cifar.run.stop import STOPPED, Stopped
@@ -28,7 +29,7 @@ from lit_cifar.run.stop import STOPPED, Stopped
 # thread, torch 2.14, 2 CPU cores); two threads gain nothing and lose much when another process wants a core
 SMALL_STEP = 2**20
 _num_threads = 0  # before they were reduced for small steps
-RANK_0_SECONDS = 5.0  # for rank 0 to end by itself
+RANK_0_SECONDS = 10.0  # for rank 0 to end by itself, when another process has found something
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 SWITCHED_ON = ("callbacks", "profilers", "tuner")  # parts of Lightning that do nothing unless they are chosen
@@ -166,27 +167,34 @@ def workers_watched() -> Iterator[None]:
 
 
 def run(command: Callable[[list[str]], None]) -> NoReturn:
-    """As `errors.run`; what Lightning refuses is the user's to fix too.
+    """As `errors.run`; what is the user's to fix although Lightning, a package or a net complains is so too.
 
-    Only the first process says so, and where it may be wrong on one node alone, the first process of each node. A
-    training run that a signal stopped ends with code STOPPED.
+    Only the first process says so, and where it may be wrong on one node alone, the first process of each node. What is
+    found by one process alone is said by that one, and the others end with code 1: perhaps it was killed, and a restart
+    helps. A training run that a signal stopped ends with code STOPPED.
     """
 
     def on_this_rank(args: list[str]) -> None:
         set_log_level("info")  # until the settings are read
         try:
-            with workers_watched():
-                command(args)
-        except (UserError, MisconfigurationException) as error:
+            explained(command, args)
+        except UserError as error:
+            if log.is_said("debug"):
+                traceback.print_exception(error)
             rank = log.rank()
             if rank == 0:
-                raise UserError(str(error)) from error
-            if log.CHILD_VARIABLE in os.environ:
-                time.sleep(RANK_0_SECONDS)  # rank 0 ends for the same reason, and this process with it; or says nothing
-                raise UserError(f"rank {rank}: {error}") from error
-            if getattr(error, "of_rank", False) or (getattr(error, "of_node", False) and log.local_rank() == 0):
+                raise
+            if error.of_node and log.local_rank() == 0:
+                raise UserError(f"rank {rank} on {socket.gethostname()}: {error}") from error
+            if (error.of_rank or log.CHILD_VARIABLE in os.environ) and _is_rank_0_silent():
                 raise UserError(f"rank {rank} on {socket.gethostname()}: {error}") from error
             sys.exit(2)
+        except RuntimeError as error:
+            if not blame.is_another_process_gone(error):
+                raise
+            if log.rank() == 0:
+                print("lit_cifar: another process of this run has ended: see its error, if it had one", file=sys.stderr)
+            sys.exit(1)
         except Stopped as stopped:
             if log.rank() == 0:
                 sys.stdout.flush()
@@ -194,3 +202,29 @@ def run(command: Callable[[list[str]], None]) -> NoReturn:
             sys.exit(STOPPED)
 
     errors.run(on_this_rank)
+
+
+def _is_rank_0_silent() -> bool:
+    """Waits for the first process, which has perhaps found the same and said so: it ends then, as does its launcher."""
+    launcher, until = os.getppid(), time.monotonic() + RANK_0_SECONDS
+    while time.monotonic() < until:
+        if os.getppid() != launcher:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def explained(command: Callable[[list[str]], None], args: list[str]) -> None:
+    """Runs a command, whose exceptions are UserError where blame.py says that the user can fix them."""
+    try:
+        with workers_watched():
+            command(args)
+    except (UserError, Stopped):
+        raise
+    except Exception as error:
+        line = None if blame.is_another_process_gone(error) else blame.explain(error)
+        if line is None:
+            raise
+        explanation = UserError(line)
+        explanation.of_rank = True
+        raise explanation from error

@@ -4,16 +4,19 @@ parsed."""
 import argparse
 import os
 import re
+import warnings
 from collections.abc import Sequence
+from enum import Enum
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
 
+import yaml
 from jsonargparse import Namespace
 from jsonargparse._actions import ActionConfigFile
 from jsonargparse._typehints import ActionTypeHint
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_cifar.errors import FlagParser, UserError
+from lit_cifar.errors import FlagParser, UserError, calls_chosen
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import TTA
 from lit_cifar.text import nearest
@@ -39,6 +42,14 @@ SHORT_FLAGS = {
 
 PATHS = {"data_dir", "default_root_dir", "resume", "ckpt_path", "output", "study", "storage"}  # settings that are paths
 TRUST = "true: make classes that the checkpoint names, of any package"
+LOST = "Unable to serialize instance "  # what jsonargparse writes in place of a default that is no plain value
+# jsonargparse lists a reason for each type that a value may have: any wrong value has the first ones, and a class that
+# is meant for one type has the others for the other types
+EVERY_TYPES = "Expected a (<class|path but|typing)|Does not validate|Not a valid subclass|a class path|a dict "
+OTHER_TYPES = "Import path|Expected a dot|unknown"
+
+# such as the interval of Lightning's Timer, which is a default and no text
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 class Parser(LightningArgumentParser):
@@ -99,6 +110,9 @@ class Parser(LightningArgumentParser):
 
     def _explain(self, message: str) -> str:
         """One line out of jsonargparse's several: the flag as typed, what is wrong, the nearest right one."""
+        found = re.match(r'[Pp]arser key "([^"]+)":', message)
+        if found and (reason := gist(message)) != message:
+            return f"{self._as_typed(found[1].rstrip('+'))}: {reason}"
         message = " ".join(message.split())
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
@@ -176,6 +190,14 @@ class Parser(LightningArgumentParser):
                 config[key] = _expanded(value)
         return config
 
+    @calls_chosen("when its settings were written as YAML")
+    def dump(self, cfg: Namespace, **settings: Any) -> str:
+        """The settings as YAML, without defaults that YAML has no form for: they will be the defaults again."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f"\\s*{LOST}")
+            text: str = super().dump(cfg, **settings)
+        return yaml.safe_dump(_plain_only(yaml.safe_load(text), cfg), sort_keys=False) if LOST in text else text
+
     def start_from(self, config: dict[str, Any]) -> None:
         """Makes a checkpoint's config the defaults.
 
@@ -226,6 +248,36 @@ class NetParser(FlagParser):
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             message = f"unknown flag {found[1]}{nearest(found[1], flags)}; --help lists the flags"
         super().error(message)
+
+
+def gist(message: str) -> str:
+    """The reason that matters among those that jsonargparse lists for a value, in one line; other messages stay."""
+    _, *items = re.split(r"\n\s*- ", re.split(r"\n\s*Given value type:", message)[0])
+    told = [" ".join(item.split()) for item in items if not re.match(EVERY_TYPES, item)]
+    told.sort(key=lambda item: bool(re.match(OTHER_TYPES, item)))
+    if not told:
+        return message
+    reason = re.sub(r"^Problem with given class_path '(.*?)': ", r"\1: ", told[0])
+    return re.sub(
+        r"^Expected a dot import path string: (.*)", r"there is no class \1: name it as package.Class", reason
+    )
+
+
+def _plain_only(value: Any, setting: Any) -> Any:
+    """A dumped value without what jsonargparse could not dump; texts that it took for objects are what they were set
+    to."""
+    if isinstance(value, str) and value.startswith(LOST):
+        return setting if isinstance(setting, str) else None
+    if isinstance(value, list) and isinstance(setting, list):
+        return [_plain_only(inner, old) for inner, old in zip(value, setting, strict=False)]
+    if isinstance(value, dict):
+        old = vars(setting) if isinstance(setting, Namespace) else setting if isinstance(setting, dict) else {}
+        return {
+            key: _plain_only(inner, old.get(key))
+            for key, inner in value.items()
+            if not str(inner).startswith(LOST) or isinstance(old.get(key), str)
+        }
+    return value
 
 
 def _bounds(restriction: str) -> str:

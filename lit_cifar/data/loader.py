@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from lit_cifar.data.augment import Augment, Draws
 from lit_cifar.data.seeds import make_generator, seed_of
 from lit_cifar.data.split import Split
-from lit_cifar.errors import UserError
+from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.text import printable
 
 CHUNK = 512  # images augmented and moved at once when batches are smaller; batch 4 alone costs 4 times as much a step
@@ -252,6 +252,7 @@ class DeviceLoader:
             draws = Draws(**{**vars(draws), "flips": first_flips ^ bool(epoch % 2)})
         return draws.to(self.device)
 
+    @calls_chosen("on an image")
     def _from_workers(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         assert self._workers is not None
         self._keys.epoch, self._keys.shares = epoch, self.batches.shares(epoch, start)
@@ -293,6 +294,7 @@ class _Transformed(Dataset[tuple[Tensor | str, Tensor]]):
     def __init__(self, split: Split, transform: Callable[[Tensor], Tensor], seed: int) -> None:
         self.split, self.transform, self.seed = split, transform, seed
 
+    @calls_chosen("on an image")
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | str, Tensor]:
         epoch, index = key
         state: tuple[Any, ...] = random.getstate()

@@ -10,8 +10,9 @@ import jsonargparse
 import torch
 from torch import Tensor, nn
 
-from lit_cifar.errors import UserError
+from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.files import local_path
+from lit_cifar.model.check import shape_lazy_layers
 from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.trust import check_trusted
 from lit_cifar.text import printable
@@ -68,6 +69,7 @@ class Classifier(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
+    @calls_chosen("on images")
     def forward(self, images: Tensor) -> Tensor:
         """Maps images (B, 3, 32, 32) uint8 0..255 to logits (B, K): scales, normalises, applies the net to all views.
 
@@ -219,4 +221,5 @@ def _make_net(settings: dict[str, Any]) -> nn.Module:
         raise UserError(f"the checkpoint's net cannot be made: {printable(' '.join(str(error).split()))}") from error
     if not isinstance(net, nn.Module):
         raise UserError("the checkpoint names no net")
+    shape_lazy_layers(net)
     return net

@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
-from lit_cifar.errors import UserError
+from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model import steps
+from lit_cifar.model.check import check_training, count_logits, shape_lazy_layers
 from lit_cifar.model.classifier import TTA, check_classes, check_weights, normalise, views
 from lit_cifar.model.data import data_of
 from lit_cifar.model.optim import Group, Schedule, lr_factor, make_optimizer
@@ -83,6 +84,7 @@ class LitClassifier(LightningModule):
             raise UserError("--model.nesterov true needs --model.momentum above 0")
         if sides is not None and not sides:
             raise UserError("--model.sides [] names no side; leave it out to train on images as they are")
+        shape_lazy_layers(net)
         self.net = net
         self.lr: float = checked("--model.lr", lr, NonNegativeFloat)
         self.momentum: float = checked("--model.momentum", momentum, HalfOpenUnitInterval)
@@ -112,6 +114,7 @@ class LitClassifier(LightningModule):
         self._planned_steps: int | None = None
         self.example_input_array = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # for TensorBoard's graph
 
+    @calls_chosen("on images")
     def forward(self, images: Tensor, side: int | None = None) -> Tensor:
         """Maps images (B, 3, 32, 32) uint8 0..255 to logits (B, K): scales, normalises, applies the net.
 
@@ -128,6 +131,7 @@ class LitClassifier(LightningModule):
         # in float32, because torch has no antialiasing for bfloat16 on the CPU
         return F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True).to(images.dtype)
 
+    @calls_chosen("when it was set up")
     def setup(self, stage: str) -> None:
         """Takes the classes from the data module and makes a tally for each stage.
 
@@ -157,7 +161,7 @@ class LitClassifier(LightningModule):
         """
         if classes == self.classes:
             return
-        num_logits = self._count_logits()
+        num_logits = count_logits(self.net, self, self.mean.device)
         if num_logits != len(classes):
             raise UserError(
                 f"{type(self.net).__name__} gives {num_logits} logits but the data has {len(classes)} classes: "
@@ -166,13 +170,13 @@ class LitClassifier(LightningModule):
         self.classes = classes
         self.tallies = nn.ModuleDict({stage: Tally(len(classes)) for stage in STAGES}).to(self.mean.device)
 
-    @torch.no_grad()
-    def _count_logits(self) -> int:
-        training = self.net.training
-        self.net.eval()
-        logits = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=self.mean.device))
-        self.net.train(training)
-        return int(logits.shape[1])
+    def check_training(self, num_images: set[int]) -> None:
+        """Tries the net on black images as it will be trained, on batches of which some have `num_images`.
+
+        Raises:
+            UserError: it cannot be trained so.
+        """
+        check_training(self.net, self, self.sides or [None], num_images, self.mean.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of this rank's share, scaled so that the ranks' mean is the mean over the whole batch."""
@@ -224,6 +228,7 @@ class LitClassifier(LightningModule):
         assert isinstance(tally, Tally)
         return tally
 
+    @calls_chosen("when figures were logged")
     def _report(self, stage: str) -> None:
         confusion, loss, calibration, mistakes = self._tally(stage).take()
         if self.trainer.sanity_checking:
@@ -285,8 +290,11 @@ class LitClassifier(LightningModule):
 
     def _can_fuse(self) -> bool:
         # one call for all parameters: 124 instead of 246 us a step for the tutorial's net (one CPU thread, torch 2.15);
-        # not with a gradient scaler, beside which Lightning cannot clip gradients then
-        return self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
+        # not with a gradient scaler, and not in mixed precision where gradients are clipped, which Lightning refuses
+        trainer = self.trainer
+        if trainer.precision == "16-mixed" or ("mixed" in trainer.precision and trainer.gradient_clip_val):
+            return False
+        return self.device.type in ("cpu", "cuda")
 
     def _plan(self) -> int:
         """`_num_steps`, counted once for the whole training run, whose learning rate and sides follow it."""

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_cifar.errors import UserError
+
 WHITENED_SIDE = 2  # pixels of the patches that the first convolution whitens
 SMALLEST_VARIANCE = 5e-4  # added to patches' variances, so that their least directions are not blown up
 
@@ -25,6 +27,9 @@ class SpeedNet(nn.Module):
         depth: convolutions in each block; the third closes a residual connection around the second and itself.
         activation: 'gelu' or 'silu'.
         momentum: weight of the newest batch in BatchNorm's running statistics; high, because runs are short.
+
+    Raises:
+        UserError: a width is below 1, or the momentum not from 0 to 1.
     """
 
     def __init__(
@@ -36,6 +41,8 @@ class SpeedNet(nn.Module):
         momentum: float = 0.4,
     ) -> None:
         super().__init__()
+        if min(widths) < 1 or not 0 <= momentum <= 1:
+            raise UserError(f"SpeedNet: widths {list(widths)} must be 1 or more, momentum {momentum} from 0 to 1")
         num_patch_values = 3 * WHITENED_SIDE**2
         # fixed: its input and weights need no gradients, which saves the costliest part of the backward pass
         self.whiten = nn.Conv2d(3, 2 * num_patch_values, WHITENED_SIDE, bias=False).requires_grad_(False)

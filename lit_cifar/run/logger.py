@@ -4,6 +4,7 @@ training/dashboard.py fills TensorBoard's pages."""
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def make_loggers(chosen: Any, run: Run, resumed_step: int | None) -> list[Logger
         try:
             loggers.append(parser.instantiate_classes(parser.parse_object({"logger": settings})).logger)
         except Exception as error:  # a logger raises anything where its package is missing or its server is not there
-            reason = " ".join(str(error).split())
+            reason = re.sub(r"^Problem with given class_path '.*?': ", "", " ".join(str(error).split()))
             raise UserError(f"--trainer.logger {settings.class_path} cannot be made: {reason}") from error
     return loggers
 

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_cifar import log
-from lit_cifar.errors import DivergedError, UserError
+from lit_cifar.errors import DivergedError, UserError, calls_chosen
 from lit_cifar.files import replaced, write_durably, writing
 from lit_cifar.run.folder import Run
 from lit_cifar.run.read import read_checkpoint
@@ -237,6 +237,7 @@ class Checkpoints(Checkpoint):
                 ours = (state.identity, state.step) == (self.run.identity, trainer.global_step)
         return bool(trainer.strategy.broadcast(ours))
 
+    @calls_chosen("when a state was saved")
     def _save(self, trainer: Trainer, name: str) -> None:
         if self.run is None:
             return

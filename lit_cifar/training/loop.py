@@ -20,6 +20,7 @@ from torch import Tensor
 from lit_cifar import log
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.data.loader import DeviceLoader
+from lit_cifar.errors import calls_chosen
 from lit_cifar.model.module import LitClassifier
 
 KNOWN_VERSIONS = ("2.6.",)  # of Lightning, whose loop this one replaces; tests/test_loop.py compares the two
@@ -54,6 +55,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
     def _broadcast_sigterm_tensor(self) -> None:
         """Does nothing: Checkpoints stops at signals. Lightning's waits for the device and all ranks in each step."""
 
+    @calls_chosen("in training")
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         super().on_run_start(data_fetcher)
         self._validates = super()._should_check_val_epoch()
@@ -65,10 +67,12 @@ class LeanEpochLoop(_TrainingEpochLoop):
         if self._obstacle and self._obstacle != before and self.trainer.is_global_zero:
             _explain(self._obstacle)
 
+    @calls_chosen("in training")
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
         """Answers at once in an epoch without validation; Lightning asks after each step."""
         return self._validates and super()._should_check_val_fx(data_fetcher)
 
+    @calls_chosen("in training")
     def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
         if self.trainer.lr_scheduler_configs:
             super().update_lr_schedulers(interval, update_plateau_schedulers)
@@ -106,6 +110,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
             return f"gradients are clipped to {trainer.gradient_clip_val}"
         return f"{within[0]} is called within each step" if within else None
 
+    @calls_chosen("in training")
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """Takes one step; raises StopIteration when there are no more batches."""
         if self._obstacle or self.restarting:
@@ -157,6 +162,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
         if results:
             connector.update_train_step_metrics()
 
+    @calls_chosen("in training")
     def _call(self, hook: str, *args: Any) -> None:
         trainer: Any = self.trainer
         module = trainer.lightning_module

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from lit_cifar.errors import DivergedError
+from lit_cifar.errors import DivergedError, calls_chosen
 from lit_cifar.model.data import data_of
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.model.ranges import PositiveInt, checked
@@ -150,6 +150,7 @@ class Progress(Callback):
             return "choose a smaller --lr"
         return f"go on from {last} with --resume and a smaller --lr"
 
+    @calls_chosen("when figures were logged")
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         num_steps, self._logged_step = trainer.global_step - self._logged_step, trainer.global_step
         metrics = {"train/loss": self._logged[0] / self._logged[1]}

@@ -1,0 +1,140 @@
+"""What is refused before a run begins, because Lightning takes it silently or complains when work is done. parser.py
+checks each setting's type; blame.py words what is found out too late for this."""
+
+import os
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from lit_cifar.data.datamodule import CIFAR10DataModule
+from lit_cifar.errors import UserError
+from lit_cifar.model.module import LitClassifier
+from lit_cifar.run.save import Checkpoints
+from lit_cifar.text import printable
+
+LARGEST_SEED = 2**32 - 1  # of numpy's
+# smallest value of settings that Lightning divides by or compares with, whatever they are
+SMALLEST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "val_check_interval": 1e-9,
+    "log_every_n_steps": 0,
+    "gradient_clip_val": 0,
+    "min_epochs": 0,
+    "min_steps": 0,
+}
+NUM_NAMES = 12  # of logged values, in a message
+
+
+def check_seed(seed: int) -> None:
+    """Checks that a seed is one for numpy too.
+
+    Raises:
+        UserError: it is out of range.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"--seed {seed} is out of range: choose 0 to {LARGEST_SEED}")
+
+
+def check_ranges(settings: Any) -> None:
+    """Checks the numbers among the Trainer's settings.
+
+    Raises:
+        UserError: one is out of range, or two contradict each other.
+    """
+    for name, smallest in SMALLEST.items():
+        value = settings[name]
+        if isinstance(value, (int, float)) and not value >= smallest:  # times are texts
+            bound = f"{smallest} or more" if isinstance(smallest, int) else "above 0"
+            raise UserError(f"--trainer.{name} {value} is out of range: choose {bound}")
+    for what in ("epochs", "steps"):
+        least, most = settings[f"min_{what}"], settings[f"max_{what}"]
+        if least is not None and most is not None and 0 <= most < least:
+            raise UserError(
+                f"--trainer.min_{what} {least} is more than --trainer.max_{what} {most}: change one of them"
+            )
+
+
+def check_port() -> None:
+    """Checks the port that several processes meet at, where the environment names one.
+
+    Raises:
+        UserError: it is none.
+    """
+    port = os.environ.get("MASTER_PORT", "1")
+    if not (port.isdecimal() and 0 <= int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={printable(port)} is no port: unset it, or choose a number from 1 to 65535")
+
+
+def check_bars(settings: Any, callbacks: list[Any]) -> bool:
+    """Whether a progress bar is among the callbacks, which takes the place of this package's.
+
+    Raises:
+        UserError: there is one, and bars are switched off.
+    """
+    bars = [type(callback).__name__ for callback in callbacks if isinstance(callback, AnyProgressBar)]
+    if bars and settings["enable_progress_bar"] is False:
+        raise UserError(
+            f"--trainer.enable_progress_bar false and the callback {bars[0]} contradict each other: drop one"
+        )
+    return bool(bars)
+
+
+def check_launcher(trainer: Trainer, strategy: Any) -> None:
+    """Checks that the processes of a strategy, if there are several, begin like this one.
+
+    Raises:
+        UserError: they are copies, such as those of ddp_spawn and ddp_notebook: what they learn stays in them.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise UserError(f"--strategy {strategy} is for notebooks, and its results stay in copies: use --strategy ddp")
+
+
+def check_training(trainer: Trainer, module: LitClassifier, data: CIFAR10DataModule) -> None:
+    """Checks, once the data are known, that the net can be trained on them and that callbacks get what they watch.
+
+    Raises:
+        UserError: it is not so.
+    """
+    batches = data.train_batches()
+    # on GPUs SyncBatchNorm looks at the whole batch
+    num_ranks = 1 if trainer.strategy.root_device.type == "cuda" else trainer.world_size
+    sizes = {batches.num_in_batch(batch) for batch in (0, max(0, len(batches) - 1))}
+    module.check_training({share for size in sizes for share in (size // num_ranks, -(-size // num_ranks))})
+    validates = bool(data.num_val and trainer.limit_val_batches)
+    check_monitors(trainer, data.classes, validates)
+
+
+def check_monitors(trainer: Trainer, classes: tuple[str, ...], validates: bool) -> None:
+    """Checks that what callbacks watch will be there; where somebody's own code may log it, nothing is known.
+
+    Args:
+        trainer: with all its callbacks.
+        classes: names of the classes.
+        validates: whether there are validation images.
+
+    Raises:
+        UserError: a callback watches a value that will not be there.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    packages = {type(callback).__module__.split(".")[0] for callback in callbacks}
+    if not packages <= {"lightning", "lit_cifar"} or any(isinstance(one, LearningRateMonitor) for one in callbacks):
+        return
+    names = ["val/accuracy", "val/loss", "val/calibration_error", *(f"val/accuracy/{name}" for name in classes)]
+    names = names if validates else []
+    for callback in callbacks:
+        watched = getattr(callback, "monitor", None)
+        watches = (isinstance(callback, EarlyStopping) and callback.strict) or isinstance(callback, ModelCheckpoint)
+        watches = watches or (isinstance(callback, Checkpoints) and validates)
+        if not watches or watched is None or watched in names:
+            continue
+        who = (
+            "--checkpoint.monitor" if isinstance(callback, Checkpoints) else f"the callback {type(callback).__name__}:"
+        )
+        if not names:
+            raise UserError(f"{who} there is no {watched} without validation: add --data.num_val 5000")
+        shown = ", ".join(map(printable, names[:NUM_NAMES])) + (", ..." if len(names) > NUM_NAMES else "")
+        raise UserError(f"{who} {watched} is not among the values of a validation: choose one of {shown}")

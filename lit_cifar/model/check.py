@@ -1,0 +1,123 @@
+"""Tries a net on a few black images before anything is written, so that what it cannot do is known then. module.py
+trains it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from lit_cifar.errors import UserError, calls_chosen, is_memory
+from lit_cifar.text import printable
+
+OWN = "lit_cifar.nets."  # nets of this package, whose failures are bugs
+
+
+@calls_chosen("when its layers were given their shapes")
+@torch.no_grad()
+def shape_lazy_layers(net: nn.Module) -> None:
+    """Gives lazy layers their shapes, which the optimiser, checkpoints and other processes need to know."""
+    if isinstance(net, nn.Module) and any(is_lazy(tensor) for tensor in chain(net.parameters(), net.buffers())):
+        training = net.training
+        net.eval()(torch.zeros(1, 3, 32, 32))
+        net.train(training)
+
+
+def count_logits(net: nn.Module, forward: Callable[[Tensor], Tensor], device: torch.device) -> int:
+    """The number of logits K that a net gives for an image, in eval mode.
+
+    Args:
+        net: used by `forward`.
+        forward: maps images (B, 3, 32, 32) uint8 to logits.
+        device: of the net.
+
+    Raises:
+        UserError: the net fails, or gives something else than logits (1, K).
+    """
+    with _unchanged(net, device):
+        net.eval()
+        return int(_logits(net, forward, 1, device).shape[1])
+
+
+def check_training(
+    net: nn.Module,
+    forward: Callable[[Tensor, int | None], Tensor],
+    sides: Iterable[int | None],
+    num_images: Iterable[int],
+    device: torch.device,
+) -> None:
+    """Checks that a net can be trained: that it has something to train, and takes the batches that will come.
+
+    Args:
+        net: used by `forward`.
+        forward: maps images (B, 3, 32, 32) uint8 to logits, shrunk to a side of so many pixels if one is given.
+        sides: of the images that will come; None stands for images as they are.
+        num_images: of batches that will come.
+        device: of the net.
+
+    Raises:
+        UserError: something of it is not so.
+    """
+    name = type(net).__name__
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise UserError(f"{name} has no parameter to train: make a layer, or set requires_grad of one that is frozen")
+    if any(isinstance(module, nn.SyncBatchNorm) for module in net.modules()) and device.type == "cpu":
+        return  # it trains on GPUs alone
+    has_norm = any(isinstance(module, _BatchNorm) for module in net.modules())
+    with _unchanged(net, device):  # in the modes of its layers, some of which may be frozen
+        for side in dict.fromkeys(sides):
+            _logits(net, lambda images, side=side: forward(images, side), 2, device, side)  # type: ignore[misc]
+            if not has_norm or 1 not in num_images:
+                continue
+            try:
+                forward(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device), side)
+            except ValueError as error:
+                raise UserError(
+                    f"BatchNorm of {name} needs more than one image, and a batch is to have one: add --data.drop_last "
+                    "true, or choose another --batch_size"
+                ) from error
+
+
+@contextmanager
+def _unchanged(net: nn.Module, device: torch.device) -> Iterator[None]:
+    """Around forward passes that leave the net's buffers and modes and torch's random state as they were."""
+    buffers, modes = [(buffer, buffer.clone()) for buffer in net.buffers()], [(m, m.training) for m in net.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _logits(
+    net: nn.Module, forward: Callable[[Tensor], Tensor], num_images: int, device: torch.device, side: int | None = None
+) -> Tensor:
+    name, size = type(net).__name__, f"3x{side or 32}x{side or 32}"
+    mode = " in training" if net.training else ""
+    try:
+        logits = forward(torch.zeros(num_images, 3, 32, 32, dtype=torch.uint8, device=device))
+    except Exception as error:
+        if is_memory(error) or (side is None and type(net).__module__.startswith(OWN)):
+            raise
+        reason = printable(" ".join(str(error).split()))[:300]
+        raise UserError(
+            f"{name} cannot use images of {size}{mode} ({type(error).__name__}: {reason}): choose a net for images of "
+            "this size, or fix it; --log_level debug prints more"
+        ) from error
+    if not isinstance(logits, Tensor):
+        hint = ": try --model.net.aux_logits false" if hasattr(net, "aux_logits") else ""
+        raise UserError(f"{name} gives {type(logits).__name__}{mode}, not logits, a tensor (B, K){hint}")
+    if logits.ndim != 2 or len(logits) != num_images:
+        raise UserError(
+            f"{name} gives a tensor {tuple(logits.shape)} for {num_images} image(s){mode}: return logits (B, K), one "
+            "row of K numbers for each image"
+        )
+    if not logits.is_floating_point():
+        raise UserError(f"{name} gives logits of {logits.dtype}{mode}: return real floating-point numbers")
+    return logits
