@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from lit_cifar.text import escaped
+
 READER_GONE = 128 + 13  # the exit code of a program that SIGPIPE ends, such as `yes` in `yes | head`
 
 
@@ -63,7 +65,7 @@ def _code_of(command: Callable[[list[str]], None]) -> int:
         command(sys.argv[1:])
     except UserError as error:
         sys.stdout.flush()
-        print(f"lit_cifar: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"lit_cifar: error: {escaped(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -263,6 +263,8 @@ class LitClassifier(LightningModule):
             # it was restored without buffers for weights that had no gradient yet; torch's fused step needs them
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
                 optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+        if any("swa_lr" in group for group in optimizer.param_groups):
+            return  # restored within stochastic weight averaging, which has a schedule of its own
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         settings = self.settings()
         factor = 1.0
