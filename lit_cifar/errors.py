@@ -10,6 +10,7 @@ from types import CodeType, FunctionType
 from typing import NoReturn, TypeVar
 
 from lit_cifar.process import INTERRUPTED, ReaderGone, begin, interrupt, is_interrupted, leave, output_failed
+from lit_cifar.text import escaped
 
 Function = TypeVar("Function", bound=Callable[..., object])
 MEMORY = r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|MemoryError|Unable to allocate"
@@ -101,6 +102,6 @@ def _code_of(command: Callable[[list[str]], None]) -> object:
             raise
         with contextlib.suppress(ReaderGone):
             sys.stdout.flush()
-        print(f"lit_cifar: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"lit_cifar: error: {escaped(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         return 2
     return 0

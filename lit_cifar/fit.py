@@ -12,12 +12,14 @@ import contextlib  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import warnings  # noqa: E402
 from datetime import datetime, timezone  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from jsonargparse import Namespace  # noqa: E402
 from lightning.pytorch import Trainer  # noqa: E402
+from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
 
 from lit_cifar import log  # noqa: E402
 from lit_cifar.cli import checks, finders, machine  # noqa: E402
@@ -27,10 +29,12 @@ from lit_cifar.errors import UserError, calls_chosen  # noqa: E402
 from lit_cifar.files import check_place, writing  # noqa: E402
 from lit_cifar.model.classifier import checked_config  # noqa: E402
 from lit_cifar.results.report import peak_memory, print_report, write_results  # noqa: E402
+from lit_cifar.run.check import check_state  # noqa: E402
 from lit_cifar.run.folder import Run  # noqa: E402
-from lit_cifar.run.read import State, check_state, find_checkpoint, read_checkpoint  # noqa: E402
+from lit_cifar.run.read import State, find_checkpoint, read_checkpoint  # noqa: E402
 from lit_cifar.training.progress import Progress  # noqa: E402
 
+SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "running_loss")  # of a config
 IMPORT_SECONDS = time.perf_counter() - _started
 
 
@@ -125,6 +129,10 @@ def finish(command: CLI, started: float, seconds: dict[str, float]) -> None:
         if tested == "last" and checkpoints.has_final(trainer):
             tested = "final"
     path = run.checkpoint(tested) if run and tested in ("best", "final") else None  # the last state is in memory
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            callback._average_model = None  # or the state's average would give way to the weights that it was made of
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback, but loading")
     trainer.test(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
     if not trainer.is_global_zero:
         return
@@ -164,10 +172,7 @@ def _resumed(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     if path is None:
         return None
     state = read_checkpoint(path)
-    config = checked_config(state, settings.trust)
-    if Run.of(path, state.identity) is None:  # a run begins, and where is not up to a file
-        config.get("trainer", {}).pop("default_root_dir", None)
-    return state, config
+    return state, checked_config(state, settings, dict.fromkeys(SECTIONS))
 
 
 def _check_length(state: State, trainer: Trainer) -> None:

@@ -261,7 +261,9 @@ def _json_lines(predictions: list[Prediction]) -> str:
 def _csv_lines(predictions: list[Prediction], top: int) -> str:
     lines = io.StringIO()
     for path, classes, error in predictions:
-        columns = [column for name, probability in classes for column in (name, f"{probability:.6f}")] or [""] * 2 * top
+        columns = [column for name, probability in classes for column in (printable(name), f"{probability:.6f}")] or [
+            ""
+        ] * 2 * top
         csv.writer(lines, lineterminator="\n").writerow([path, *columns, error])
     return lines.getvalue()
 

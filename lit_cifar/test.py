@@ -84,9 +84,7 @@ def _tested(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     if not settings.ckpt_path:
         return None
     state = read_checkpoint(Path(settings.ckpt_path))
-    config = checked_config(state, settings.trust, ("seed_everything", "model", "data"))
-    data = {key: value for key, value in config.get("data", {}).items() if key in DATA_KEYS}
-    return state, {**config, "data": data}
+    return state, checked_config(state, settings, {"seed_everything": None, "model": None, "data": DATA_KEYS})
 
 
 if __name__ == "__main__":

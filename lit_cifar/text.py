@@ -22,6 +22,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def escaped(line: str) -> str:
+    """`line` with escapes in place of control characters, the last resort before a terminal."""
+    return line if line.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
 def nearest(typed: str, known: Iterable[str]) -> str:
     """': did you mean X?' for the known spelling nearest to what was typed; empty when none is near."""
     close = difflib.get_close_matches(typed, list(known), n=1)

@@ -252,12 +252,12 @@ def test_a_name_of_nothing_in_a_trusted_package_is_refused(name: str) -> None:
     assert error_of(check_trusted, {"class_path": name}).startswith("the checkpoint names the class ")
 
 
-@pytest.mark.parametrize("section", ["trainer", "model", "data", "checkpoint"])
+@pytest.mark.parametrize("section", ["model", "data", "checkpoint"])  # test_strangers.py has the Trainer's
 @pytest.mark.parametrize("value", [MINE, [MINE], "[{class_path: hostile.Net}]", "_instantiator: hostile.Net"])
 def test_a_setting_of_a_stranger_is_not_imported(
     content: dict[str, Any], section: str, value: Any, hostile: None
 ) -> None:
-    key = {"trainer": "callbacks", "model": "net", "data": "transform", "checkpoint": "monitor"}[section]
+    key = {"model": "net", "data": "transform", "checkpoint": "monitor"}[section]
     content["lit_cifar"]["config"][section][key] = value
     assert "hostile.Net" in error_of(lit_cifar.fit.main, ["--resume", str(save(content))])
 

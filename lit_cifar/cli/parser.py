@@ -2,6 +2,7 @@
 parsed."""
 
 import argparse
+import contextlib
 import os
 import re
 import warnings
@@ -10,16 +11,20 @@ from enum import Enum
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
 
+import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, _loaders_dumpers
 from jsonargparse._actions import ActionConfigFile
+from jsonargparse._loaders_dumpers import get_yaml_default_loader
 from jsonargparse._typehints import ActionTypeHint
+from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_cifar.errors import FlagParser, UserError, calls_chosen
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import TTA
-from lit_cifar.text import nearest
+from lit_cifar.run.trust import MAX_YAML, check_yaml
+from lit_cifar.text import escaped, nearest
 
 # short flag: (dotted twin, help)
 SHORT_FLAGS = {
@@ -50,6 +55,22 @@ OTHER_TYPES = "Import path|Expected a dot|unknown"
 
 # such as the interval of Lightning's Timer, which is a default and no text
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+
+MAX_ARGUMENT = 2**17  # characters, as many as Linux hands on
+MAX_LINE = 2000  # characters of a message; it may quote a setting
+
+
+class YAMLLoader(get_yaml_default_loader()):  # type: ignore[misc]
+    """Reads what jsonargparse reads, files, values and texts within them, if it is of a sane size."""
+
+    def __init__(self, text: str) -> None:
+        check_yaml(text)
+        super().__init__(text)
+
+
+# jsonargparse's only place for all of these: set_loader, which is public, misses lists' texts (4.53)
+_loaders_dumpers.yaml_default_loader = YAMLLoader  # type: ignore[assignment]
+register_type(torch.device, str, torch.device, fail_already_registered=False)  # a default of Lightning's callbacks
 
 
 class Parser(LightningArgumentParser):
@@ -106,7 +127,9 @@ class Parser(LightningArgumentParser):
         return "\n".join(lines) + super().format_help(formatter)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(self._explain(message)) from None
+        if len(message) > MAX_LINE:
+            message = f"{message[: MAX_LINE // 2]} ... {message[-MAX_LINE // 2 :]}"
+        raise UserError(escaped(self._explain(message))) from None
 
     def _explain(self, message: str) -> str:
         """One line out of jsonargparse's several: the flag as typed, what is wrong, the nearest right one."""
@@ -180,6 +203,9 @@ class Parser(LightningArgumentParser):
         Raises:
             UserError: they are wrong, or a path of ours is a URL.
         """
+        for arg in args:
+            if len(arg) > MAX_ARGUMENT:
+                raise UserError(f"{arg[:20]!r} ... has {len(arg):,} characters: give it in a file, with --config FILE")
         config: Namespace = self.parse_args(args)
         for key, value in list(config.items()):
             name = key.rsplit(".", 1)[-1]
@@ -216,6 +242,11 @@ class ConfigFile(ActionConfigFile):
     """--config, whose file is named where it cannot be read."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        num_bytes = 0
+        with contextlib.suppress(OSError, ValueError):  # a config typed in full is no path
+            num_bytes = os.stat(values).st_size
+        if num_bytes > 4 * MAX_YAML:
+            raise UserError(f"--config {values} is no config: it has {num_bytes:,} bytes")
         try:
             super().__call__(parser, cfg, values, option_string)
         except UserError as error:

@@ -13,7 +13,8 @@ import yaml
 
 from lit_cifar.cli.parser import Parser
 from lit_cifar.errors import UserError
-from lit_cifar.text import nearest, printable
+from lit_cifar.run.trust import MAX_YAML, load_yaml
+from lit_cifar.text import escaped, nearest, printable
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -37,11 +38,12 @@ def read_space(file: Path, parser: Parser) -> Space:
         UserError: the file cannot be read, or a key, a range or a list of choices in it is wrong.
     """
     try:
-        entries = yaml.safe_load(file.read_text())
+        with open(file, encoding="utf-8") as text:
+            entries = load_yaml(text.read(MAX_YAML + 1))
     except OSError as error:
         raise UserError(f"--study {file} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"--study {file} is no valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"--study {file} is no valid YAML: {escaped(' '.join(str(error).split()))}") from None
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"--study {file} maps no keys to what is searched, such as model.lr: {{low: 0.001, high: 0.1}}")
     space: Space = {}

@@ -3,21 +3,22 @@ trains."""
 
 import os
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 import jsonargparse
 import torch
 from torch import Tensor, nn
 
+from lit_cifar import log
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.files import local_path
 from lit_cifar.model.check import shape_lazy_layers
+from lit_cifar.run.folder import Run
 from lit_cifar.run.read import State, read_checkpoint
-from lit_cifar.run.trust import check_trusted
+from lit_cifar.run.trust import OF_TRAINER, OPTIMISERS, check_trusted, of_person
 from lit_cifar.text import printable
 
-SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "running_loss")  # of a config
 TTA = Literal["none", "mirror", "mirror_shift"]
 
 
@@ -190,17 +191,43 @@ def check_net(settings: Any, weights: dict[str, Tensor]) -> None:
         _make_classifier(settings, "none", weights)
 
 
-def checked_config(state: State, trust: bool, sections: Collection[str] = SECTIONS) -> dict[str, Any]:
-    """The sections of a state's config that are asked for, once they are seen to be harmless.
+def checked_config(state: State, settings: Any, wanted: Mapping[str, Collection[str] | None]) -> dict[str, Any]:
+    """What a state's config decides, once it is seen to be harmless.
+
+    In the folder of its own run it decides all that is wanted, for the run goes on as it was begun. A file elsewhere
+    may be a stranger's: what is up to the person at the keyboard is left out, and said.
+
+    Args:
+        state: whose config it is.
+        settings: those of the command, `trust` among them.
+        wanted: the keys that the command asks for, by section; None: all.
 
     Raises:
-        UserError: they name classes of packages that are not trusted, or the weights are not those of the net.
+        UserError: it names classes of packages that are not trusted, or the weights are not those of the net.
     """
-    config = {section: value for section, value in state.config.items() if section in sections}
-    if not trust:
-        check_trusted(config)
+    own = Run.of(state.path, state.identity) is not None
+    config: dict[str, Any] = {}
+    left: list[str] = []
+    for section, keys in wanted.items():
+        value = state.config.get(section)
+        if isinstance(value, dict):
+            theirs = {key: inner for key, inner in value.items() if keys is None or key in keys}
+            value = {key: inner for key, inner in theirs.items() if own or not of_person(section, key)}
+            for key in theirs.keys() - value.keys():
+                flag = f"{section}.{key}"
+                if flag in settings and settings[flag] != theirs[key]:
+                    left.append(f"--{flag}")
+        if section in state.config:
+            config[section] = value
+    if not settings.trust:
+        check_trusted({section: value for section, value in config.items() if section != "trainer"})
+        check_trusted(config.get("trainer"), OPTIMISERS + OF_TRAINER)
         if "net" in config.get("model", {}):
             check_net(config["model"]["net"], state.weights)
+    if left and log.rank() == 0:
+        path = printable(str(state.path))
+        flags = ", ".join(sorted(left))
+        log.tell(f"{path} lies outside its run's folder; of its settings these are left to you: {flags}")
     return config
 
 

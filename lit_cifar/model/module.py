@@ -275,6 +275,8 @@ class LitClassifier(LightningModule):
             # it was restored without buffers for weights that had no gradient yet; torch's fused step needs them
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
                 optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+        if any("swa_lr" in group for group in optimizer.param_groups):
+            return  # restored within stochastic weight averaging, which has a schedule of its own
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         if not all(isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR) for scheduler in schedulers):
             return  # not of configure_optimizers: such as those with which LearningRateFinder tries rates

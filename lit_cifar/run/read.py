@@ -1,5 +1,5 @@
-"""Finds states and reads them, checked, without running code that may be in the file. trust.py judges the classes that
-they name."""
+"""Finds states and reads them without running code that may be in the file. check.py says whether this training could
+have saved one; trust.py judges the classes that it names."""
 
 import os
 import pickle
@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from packaging.version import Version
 
 from lit_cifar import log
 from lit_cifar.errors import UserError
+from lit_cifar.run.check import first_mismatch
 from lit_cifar.run.folder import CHECKPOINTS, RUNS, run_version
 from lit_cifar.run.trust import is_plain
 
 MAX_PICKLE_BYTES = 2**22  # of a checkpoint, without its tensors; a small run's is 10 to 100 kB
-POSITION = {"epoch": 0, "batch": 0}  # states are compared with these: in the data,
-RUNNING_LOSS = {"logged": [0.0, 0], "printed": [0.0, 0]}  # sums and counts,
-GPU_RANDOM_STATE = torch.zeros(16, dtype=torch.uint8)  # and torch.cuda's
+RUNNING_LOSS = {"logged": [0.0, 0], "printed": [0.0, 0]}  # states are compared with this: sums and counts,
+GPU_RANDOM_STATE = torch.zeros(16, dtype=torch.uint8)  # and with torch.cuda's
 
 
 class State(dict[str, Any]):
@@ -226,79 +225,3 @@ def _is_random_state(state: Any) -> bool:
     gpu = state.get("cuda", GPU_RANDOM_STATE)
     # CUDA's is a seed and an offset of 8 bytes each, and the offset a multiple of 4
     return first_mismatch(gpu, GPU_RANDOM_STATE) is None and gpu.dtype == torch.uint8 and int(gpu[8]) % 4 == 0
-
-
-def check_state(checkpoint: dict[str, Any], trainer: Trainer, module: LightningModule) -> None:
-    """Checks that a checkpoint's state of the training is one that this training could have saved.
-
-    Lightning and torch take what they find, and the training fails of it later.
-
-    Args:
-        checkpoint: from `read_checkpoint`.
-        trainer: with the data module.
-        module: with the trainer.
-
-    Raises:
-        UserError: the file is spoilt, or from another version or kind of training.
-    """
-    configured: Any = module.configure_optimizers()
-    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    own_groups = optimizer.state_dict()["param_groups"]
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    buffers = {number: {"momentum_buffer": weight} for number, weight in enumerate(weights)}
-    scaler = trainer.precision_plugin.state_dict()
-    try:
-        fit_loop, (state,) = checkpoint["loops"]["fit_loop"], checkpoint["optimizer_states"]
-        groups, schedulers = state["param_groups"], checkpoint["lr_schedulers"]
-        wrong = (
-            first_mismatch(
-                fit_loop,
-                {**_common(trainer.fit_loop.state_dict(), fit_loop), "state_dict": {"combined_loader": [POSITION]}},
-                "loops.fit_loop",
-            )
-            or first_mismatch(state["state"], _common(buffers, state["state"]), "optimizer_states.state")
-            or first_mismatch(groups, [_common(*pair) for pair in zip(own_groups, groups, strict=True)], "param_groups")
-            or first_mismatch(schedulers, [scheduler.state_dict()] * len(schedulers), "lr_schedulers")
-        )
-        for own, group in zip(own_groups, groups, strict=True):
-            for key in {"dampening", "maximize", "differentiable", "foreach"} & own.keys() & group.keys():
-                wrong = wrong or (None if group[key] == own[key] else f"param_groups.{key}")  # no settings of ours
-        for name in (type(trainer.precision_plugin).__qualname__, "native_amp_scaling_state"):
-            if scaler and name in checkpoint:
-                wrong = wrong or first_mismatch(checkpoint[name], scaler, name)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        wrong = f"its structure ({type(error).__name__})"
-    if wrong:
-        raise UserError(
-            f"--resume: the checkpoint's state of the training is spoilt, or another version's or another kind of "
-            f"training's: see {wrong}; name another checkpoint, or start anew without --resume"
-        )
-
-
-def _common(own: dict[Any, Any], found: dict[Any, Any]) -> dict[Any, Any]:
-    """Our own values of those keys that were found: another version of Lightning or torch may have counted less."""
-    return {key: value for key, value in own.items() if key in found}
-
-
-def first_mismatch(found: Any, expected: Any, where: str = "") -> str | None:
-    """The first place in what was found whose keys, length, shape or type are not those expected; None: nowhere."""
-    pairs: list[tuple[Any, Any, str]] = []
-    if isinstance(expected, dict):
-        fits = isinstance(found, dict) and found.keys() == expected.keys()
-        pairs = [(found[key], expected[key], f"{where}.{key}") for key in expected] if fits else []
-    elif isinstance(expected, list):
-        fits = isinstance(found, list) and len(found) == len(expected)
-        pairs = [(*pair, where) for pair in zip(found, expected, strict=True)] if fits else []
-    elif isinstance(expected, torch.Tensor):
-        fits = isinstance(found, torch.Tensor) and found.shape == expected.shape
-        fits = fits and found.is_floating_point() == expected.is_floating_point()
-    elif type(expected) is int:  # a count
-        fits = type(found) is int and 0 <= found < 2**63
-    elif type(expected) is float:
-        fits = type(found) in (int, float)
-    else:
-        fits = type(found) is type(expected)
-    if not fits:
-        return where or "it"
-    return next(filter(None, (first_mismatch(*pair) for pair in pairs)), None)

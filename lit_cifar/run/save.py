@@ -14,7 +14,12 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_cifar import log
@@ -137,6 +142,10 @@ class Checkpoints(Checkpoint):
                         unfinished.unlink()
             if self.best_score is not None and not self.has_best(trainer):
                 self.best_score = self.best_step = None
+        if trainer.fit_loop.restarted_mid_epoch:  # whose start Lightning does not announce again
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, (GradientAccumulationScheduler, StochasticWeightAveraging)):
+                    callback.on_train_epoch_start(trainer, pl_module)
         self._agreement = Agreement()
         self._saved_at = time.monotonic()
         self._seen_step = trainer.global_step
