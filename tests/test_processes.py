@@ -396,7 +396,7 @@ def test_a_transform_that_fails_is_one_line_with_its_place() -> None:
     ],
 )
 def test_what_workers_lack_is_named_with_the_way_out(text: str, words: str) -> None:
-    from lit_cifar.data.loader import worker_error
+    from lit_cifar.data.workers import worker_error
 
     assert words in str(worker_error(RuntimeError(text)))
     assert worker_error(RuntimeError("a bug of ours")) is None

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_cifar import errors, log
 from lit_cifar.cli import blame
-from lit_cifar.data.loader import worker_error
+from lit_cifar.data.workers import worker_error
 from lit_cifar.errors import UserError
 from lit_cifar.run.stop import STOPPED, Stopped
 

@@ -12,11 +12,12 @@ from torch import nn
 from lit_cifar import log
 from lit_cifar.data.augment import Augment
 from lit_cifar.data.cache import SPLITS
-from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches, check_transform
+from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches
 from lit_cifar.data.official import DEFAULT_DATA_DIR, OfficialFiles
 from lit_cifar.data.source import Source, find_source
 from lit_cifar.data.split import Split, split_validation
 from lit_cifar.data.tree import Tree
+from lit_cifar.data.workers import check_transform
 from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
 

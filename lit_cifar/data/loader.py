@@ -6,25 +6,19 @@ nor what ran before have a say in it.
 """
 
 import itertools
-import random
-import re
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch import Tensor
 
 from lit_cifar.data.augment import Augment, Draws
-from lit_cifar.data.seeds import make_generator, seed_of
+from lit_cifar.data.seeds import make_generator
 from lit_cifar.data.split import Split
-from lit_cifar.errors import UserError, calls_chosen
-from lit_cifar.text import printable
+from lit_cifar.data.workers import Workers
+from lit_cifar.errors import UserError
 
 CHUNK = 512  # images augmented and moved at once when batches are smaller; batch 4 alone costs 4 times as much a step
 
@@ -170,21 +164,11 @@ class DeviceLoader:
         self.num_workers = num_workers if transform is not None else None  # None: images are made on the device
         if transform is None:
             self.images, self.labels = split.images.to(device), split.labels.to(device)
-            self._workers = None
+            self._workers: Workers | None = None
         else:
             self.labels = split.labels
-            dataset = _Transformed(split, transform, getattr(batches, "seed", 0))
-            check_transform(transform, split)
-            self._keys = _Keys()
-            self._workers = DataLoader(
-                dataset,
-                batch_sampler=self._keys,
-                collate_fn=_collate,
-                num_workers=num_workers,
-                persistent_workers=num_workers > 0,
-                pin_memory=device.type == "cuda",
-                generator=torch.Generator(),  # or each iterator would draw from the global state that nets draw from
-            )
+            seed = getattr(batches, "seed", 0)
+            self._workers = Workers(split, transform, seed, num_workers, pin_memory=device.type == "cuda")
 
     def __len__(self) -> int:
         """Batches in a whole epoch, also when resuming in its middle."""
@@ -252,141 +236,11 @@ class DeviceLoader:
             draws = Draws(**{**vars(draws), "flips": first_flips ^ bool(epoch % 2)})
         return draws.to(self.device)
 
-    @calls_chosen("on an image")
     def _from_workers(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         assert self._workers is not None
-        self._keys.epoch, self._keys.shares = epoch, self.batches.shares(epoch, start)
-        draws = self._draws(epoch)
-        try:
-            for share, (images, labels) in zip(self._keys.shares, self._workers, strict=True):
-                if isinstance(images, str):
-                    raise of_this_rank(images)
-                images = images.to(self.device, non_blocking=True)
-                if self.augment is not None:
-                    images = self.augment.apply(images, draws[share.to(self.device)])
-                yield images, labels.to(self.device, non_blocking=True)
-        except UserError:
-            raise
-        except Exception as error:
-            raise worker_error(error) or error from None
-
-
-class _Keys:
-    """Batch sampler of (epoch, index) keys, so that a worker needs no more than the key to know its random state."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.shares: list[Tensor] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return ([(self.epoch, index) for index in share.tolist()] for share in self.shares)
-
-    def __len__(self) -> int:
-        return len(self.shares)
-
-
-class _Transformed(Dataset[tuple[Tensor | str, Tensor]]):
-    """Applies a transform to the image of a key (epoch, index), with random state from (seed, epoch, index).
-
-    In the image's place comes a line where that fails: an exception would come out of a worker with its traceback.
-    """
-
-    def __init__(self, split: Split, transform: Callable[[Tensor], Tensor], seed: int) -> None:
-        self.split, self.transform, self.seed = split, transform, seed
-
-    @calls_chosen("on an image")
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | str, Tensor]:
-        epoch, index = key
-        state: tuple[Any, ...] = random.getstate()
-        numpy_state = np.random.get_state()
-        image: Tensor | str
-        try:
-            with torch.random.fork_rng(devices=[]):  # the main process's own random state stays as it was
-                image_seed = seed_of(self.seed, epoch, index, "transform")
-                torch.manual_seed(image_seed)
-                random.seed(image_seed)
-                np.random.seed(image_seed)
-                image = _apply(self.transform, self.split.images[index])
-        except UserError as error:
-            image = str(error)
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)
-        return image, self.split.labels[index]
-
-
-def of_this_rank(line: str) -> UserError:
-    """An error that other ranks need not have."""
-    failed = UserError(line)
-    failed.of_rank = True
-    return failed
-
-
-def worker_error(error: BaseException) -> UserError | None:
-    """What an error of a DataLoader and its workers means; None if it is another one.
-
-    A worker that dies is noticed wherever the main process happens to be, not only where it asks for a batch.
-    """
-    text = f"{error} {error.__cause__}"  # the cause names the signal
-    if re.search(r"shared memory|Bus error|/torch_\d", text):
-        return of_this_rank(
-            "the shared memory (/dev/shm) is too small for the batches of --data.num_workers: give it more, in docker "
-            "by --shm-size 1g, or choose --data.num_workers 0"
-        )
-    if "Too many open files" in text or "ancdata" in text:
-        return of_this_rank("too many files are open for --data.num_workers: raise ulimit -n, or choose fewer workers")
-    if re.search(r"DataLoader worker \(pid.*?\) (is killed by signal|exited unexpectedly)", text):
-        why = " (for want of memory, perhaps)" if "Killed" in text else ""
-        return of_this_rank(f"a process of --data.num_workers has died{why}: choose fewer, or --data.num_workers 0")
-    return None
-
-
-def _apply(transform: Callable[[Tensor], Tensor], original: Tensor) -> Tensor:
-    """What a transform, or one after the other of a Sequential, makes of an image (3, 32, 32) uint8.
-
-    Raises:
-        UserError: one of them fails, or the last gives anything but such an image.
-    """
-    image = original
-    for part in transform if isinstance(transform, nn.Sequential) else (transform,):
-        try:
-            image = part(image)
-        except Exception as error:  # of others' code: anything
-            detail = printable(" ".join(str(error).split())) or "no message"
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}: {detail}, in {place.filename}:{place.lineno}"
-            raise UserError(
-                f"--data.transform: {type(part).__name__} fails ({reason}); a transform gets one image at a "
-                f"time, {original.dtype} {tuple(original.shape)}, without its label and the rest of the batch"
-            ) from error
-    if not isinstance(image, Tensor) or image.dtype != original.dtype or image.shape != original.shape:
-        given = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-        raise UserError(
-            f"--data.transform gave {given} where {original.dtype} {tuple(original.shape)} is needed: "
-            "leave scaling and normalising to the model"
-        )
-    return image
-
-
-def _collate(samples: list[tuple[Tensor | str, Tensor]]) -> tuple[Tensor | str, Tensor]:
-    if not samples:  # a rank's share of a short last batch may be empty
-        return torch.empty(0, 3, 32, 32, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-    images, labels = zip(*samples, strict=True)
-    if failed := next((image for image in images if isinstance(image, str)), None):
-        return failed, torch.stack(labels)
-    batch = torch.stack(images), torch.stack(labels)
-    if get_worker_info() is not None:
-        for tensor in batch:  # here, where an error reaches the main process; the queue would lose it, and a batch
-            tensor.share_memory_()
-    return batch
-
-
-def check_transform(transform: Callable[[Tensor], Tensor], split: Split) -> None:
-    """Tries a transform on the first image.
-
-    Raises:
-        UserError: it fails, or gives anything but a uint8 image of the same shape.
-    """
-    image = _Transformed(split, transform, seed=0)[(0, 0)][0]
-    if isinstance(image, str):
-        raise UserError(image)
+        shares, draws = self.batches.shares(epoch, start), self._draws(epoch)
+        for share, (images, labels) in zip(shares, self._workers.batches(epoch, shares), strict=True):
+            images = images.to(self.device, non_blocking=True)
+            if self.augment is not None:
+                images = self.augment.apply(images, draws[share.to(self.device)])
+            yield images, labels.to(self.device, non_blocking=True)
