@@ -102,6 +102,7 @@ def _code_of(command: Callable[[list[str]], None]) -> object:
             raise
         with contextlib.suppress(ReaderGone):
             sys.stdout.flush()
+        sys.unraisablehook = lambda unraisable: None  # objects whose making failed may complain as they go
         print(f"lit_cifar: error: {escaped(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         return 2
     return 0

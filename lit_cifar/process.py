@@ -91,6 +91,11 @@ def begin() -> None:
     launcher = os.environ.pop(LAUNCHER_VARIABLE, "")  # and processes that this one starts know nothing of it
     if launcher.isdecimal():
         _end_with(int(launcher))
+    check_environment()
+
+
+def check_environment() -> None:
+    """Ends the process with one line and code 2 where a variable that holds a number holds none."""
     for name in NUMBERS:
         value = os.environ.get(name, "0")
         if not (value.isascii() and value.isdecimal()):

@@ -18,6 +18,7 @@ pytest.register_assert_rewrite("helpers")
 from helpers import PYTHONPATH, Run  # noqa: E402
 
 import lit_cifar.fit  # noqa: E402
+import lit_cifar.process  # noqa: E402
 from lit_cifar.data import shapes  # noqa: E402
 
 # LightningCLI 2.6.6 calls names that jsonargparse 4.49 deprecates; not ours to fix
@@ -26,13 +27,19 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 @pytest.fixture(autouse=True)
 def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test runs in an empty folder with a cache of its own, on one thread, and leaves torch's state alone."""
+    """Each test runs in an empty folder with a cache of its own, on one thread, and leaves the state of torch
+    and of the process alone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIT_CIFAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     random_state, mkldnn = torch.get_rng_state(), torch.backends.mkldnn.enabled
+    interrupt, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    streams = sys.stdout, sys.stderr, lit_cifar.process._outputs.copy()
     yield
+    signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = hook
+    sys.stdout, sys.stderr, lit_cifar.process._outputs[:] = streams
     torch.backends.mkldnn.enabled = mkldnn
     torch.set_rng_state(random_state)
 

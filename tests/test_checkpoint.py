@@ -121,7 +121,8 @@ def test_a_resumed_run_continues_the_random_draws(monkeypatch: pytest.MonkeyPatc
 
     def trainer(world_size: int) -> Trainer:
         place = {"global_rank": 0, "is_global_zero": True, "log_dir": None}
-        return SimpleNamespace(global_step=7, world_size=world_size, **place)  # type: ignore[return-value]
+        fit_loop = SimpleNamespace(restarted_mid_epoch=False)
+        return SimpleNamespace(global_step=7, world_size=world_size, fit_loop=fit_loop, **place)  # type: ignore[return-value]
 
     torch.manual_seed(5)
     state = get_random_state()

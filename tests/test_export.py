@@ -104,10 +104,11 @@ def test_a_written_file_gives_the_nets_logits_for_any_batch(
 
 
 def _draw_tree() -> None:
-    for split, number in (("train", 1), ("test", 300)):
-        Path(f"tree/{split}/some").mkdir(parents=True)
+    for split, number in (("train", 2), ("test", 300)):
         for index, image in enumerate(draw_shapes(train=False).images[:number]):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"tree/{split}/some/{index}.png")
+            folder = Path(f"tree/{split}/{'even' if index % 2 == 0 else 'odd'}")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
 
 
 def _train(name: str) -> Path:

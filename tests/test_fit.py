@@ -220,7 +220,7 @@ def test_a_resumed_run_keeps_the_batches_it_began_with() -> None:
 
 
 def test_results_are_there_before_anything_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*reports: Any) -> None:
+    def fail(*reports: Any, num_all: int) -> None:
         raise OSError("the terminal is gone")
 
     monkeypatch.setattr(lit_cifar.fit, "print_report", fail)
@@ -318,7 +318,7 @@ def test_a_learning_rate_given_on_resume_counts(schedule: str) -> None:
          "--model.momentum", "0.5"]
     )  # fmt: skip
     rates = dict(scalars("version_0")["lr/net"])
-    factors = {step: lr_factor(step, 120, schedule, 0.3) for step in rates}
+    factors = {step: lr_factor(step - 1, 120, schedule, 0.3) for step in rates}  # step 1 has the rate of index 0
     expected = {step: (0.02 if step <= 74 else 0.01) * factors[step] for step in rates}
     assert rates == pytest.approx(expected, rel=1e-6)
     checkpoint = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)

@@ -349,7 +349,7 @@ def numbered(num_images: int = 23) -> Split:
     [
         (v2.MixUp(num_classes=10), "MixUp fails (ValueError: "),
         (v2.CutMix(num_classes=10), "CutMix fails (ValueError: "),
-        (nn.Sequential(v2.RandomInvert(p=0), Fails(0)), "Fails fails (RuntimeError: no such colour); "),
+        (nn.Sequential(v2.RandomInvert(p=0), Fails(0)), "Fails fails (RuntimeError: no such colour, in "),
         (v2.Normalize([0.5], [0.5]), "Normalize fails (TypeError: "),
     ],
 )
@@ -368,7 +368,7 @@ def test_a_transform_that_fails_is_named_with_what_it_gets(transform: nn.Module,
 @pytest.mark.parametrize(
     ("transform", "line"),
     [
-        (Fails(17), "--data.transform: Fails fails (RuntimeError: no such colour); "),
+        (Fails(17), "--data.transform: Fails fails (RuntimeError: no such colour, in "),
         (Fails(17, crop=True), "--data.transform gave torch.uint8 (3, 31, 32) where torch.uint8 (3, 32, 32) is needed"),
         (Fails(*range(1, 23), crop=True), "--data.transform gave torch.uint8 (3, 31, 32) where"),
     ],

@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -104,11 +105,11 @@ def test_images_of_any_size_become_the_pixels_that_training_reads(checkpoint: Pa
     Image.fromarray(noise[..., 0].astype(np.uint16) << 8).save("d.png")
     Image.fromarray(noise[..., 0]).save("e.webp")
     names = sorted(path.name for path in Path().iterdir() if path.is_file())
-    for split in ("train", "test"):
-        Path(f"tree/{split}/noise").mkdir(parents=True)
+    for split, class_name in itertools.product(("train", "test"), ("noise", "other")):
+        Path(f"tree/{split}/{class_name}").mkdir(parents=True)
         for name in names:
-            Path(f"tree/{split}/noise/{name}").symlink_to(Path(name).absolute())
-    expected = Tree(Path("tree")).read(train=False).images
+            Path(f"tree/{split}/{class_name}/{name}").symlink_to(Path(name).absolute())
+    expected = Tree(Path("tree")).read(train=False).images[: len(names)]
     batches = list(lit_cifar.predict._batches(((name, None) for name in names), 99))
     assert [image.data for image in batches[0]] == [image.numpy().tobytes() for image in expected]
 

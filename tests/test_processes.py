@@ -253,7 +253,7 @@ def _listening() -> socket.socket:
     [
         ({"LIT_CIFAR_TIMEOUT": "1"}, r"Timed out after \d+ seconds waiting for clients. 1/2 clients joined"),
         ({"MASTER_ADDR": "nowhere.invalid"}, "MASTER_ADDR=nowhere.invalid"),
-        ({"MASTER_PORT": "65536"}, "there is no port 65536"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
         ({"MASTER_PORT": "taken"}, "address already in use"),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is not one of 2 devices"),
         ({"LIT_CIFAR_TIMEOUT": "0"}, "LIT_CIFAR_TIMEOUT=0 in the environment: expected 1 to"),
@@ -382,7 +382,7 @@ def test_a_worker_that_dies_is_one_line(number: int) -> None:
 
 def test_a_transform_that_fails_is_one_line_with_its_place() -> None:
     message = error_of(list, _loader(FaultyTransform()))
-    assert message.startswith("--data.transform fails on training image ")
+    assert message.startswith("--data.transform: FaultyTransform fails ")
     assert r"KeyError: 'no\nsuch pixel'" in message
     assert "tests/faults.py:" in message
 

@@ -143,7 +143,7 @@ def test_memory_does_not_grow_with_the_square_of_the_classes_or_twice_with_the_i
 @pytest.mark.parametrize("num_val", [1, 30, 33, 59])
 def test_a_validation_split_keeps_each_image_with_its_label_and_their_order(num_val: int) -> None:
     labels = torch.arange(90) % 3
-    images = torch.arange(90, dtype=torch.uint8).view(90, 1, 1, 1).expand(60, 3, 32, 32).contiguous()
+    images = torch.arange(90, dtype=torch.uint8).view(90, 1, 1, 1).expand(90, 3, 32, 32).contiguous()
     parts = split_validation(Split(images, labels, ("a", "b", "c")), num_val, seed=3)
     numbers = [part.images[:, 0, 0, 0].long() for part in parts]
     assert all(torch.equal(part.labels, labels[number]) for part, number in zip(parts, numbers, strict=True))

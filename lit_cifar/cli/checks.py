@@ -100,12 +100,32 @@ def check_training(trainer: Trainer, module: LitClassifier, data: CIFAR10DataMod
         UserError: it is not so.
     """
     batches = data.train_batches()
+    check_limits(trainer, data.num_batches())
     # on GPUs SyncBatchNorm looks at the whole batch
     num_ranks = 1 if trainer.strategy.root_device.type == "cuda" else trainer.world_size
     sizes = {batches.num_in_batch(batch) for batch in (0, max(0, len(batches) - 1))}
     module.check_training({share for size in sizes for share in (size // num_ranks, -(-size // num_ranks))})
     validates = bool(data.num_val and trainer.limit_val_batches)
     check_monitors(trainer, data.classes, validates)
+
+
+def check_limits(trainer: Trainer, num_batches: dict[str, int]) -> None:
+    """Checks that shares of batches are a batch at least, which Lightning refuses when it comes to them: in the test.
+
+    Args:
+        trainer: with the limits.
+        num_batches: by stage.
+
+    Raises:
+        UserError: a share is less than a batch.
+    """
+    for stage, num in num_batches.items():
+        limit = getattr(trainer, f"limit_{stage}_batches")
+        if isinstance(limit, float) and 0 < limit * num < 1:
+            raise UserError(
+                f"--trainer.limit_{stage}_batches {limit} of {num} batches is no batch: choose {1 / num:.3g} or more, or "
+                "a whole number of batches"
+            )
 
 
 def check_monitors(trainer: Trainer, classes: tuple[str, ...], validates: bool) -> None:

@@ -130,8 +130,6 @@ def _meet(launcher: _SubprocessScriptLauncher, meet: Callable[[], None]) -> None
     environment, num_devices = launcher.cluster_environment, launcher.num_processes
     try:
         address, port = environment.main_address, environment.main_port
-        if not 0 < port < 2**16:
-            raise ValueError(f"there is no port {port}")
         if environment.local_rank() >= num_devices:
             raise ValueError(f"LOCAL_RANK={environment.local_rank()} is not one of {num_devices} devices")
         if launcher.num_nodes == 1:  # elsewhere a node's name may be known only once it is up, for which torch waits

@@ -28,7 +28,7 @@ from lit_cifar.run.stop import STOPPED, Stopped
 # tutorial's net at batch 4 (0.25 million): forward, backward and SGD take 1.65 ms with oneDNN and 1.20 without (one
 # thread, torch 2.14, 2 CPU cores); two threads gain nothing and lose much when another process wants a core
 SMALL_STEP = 2**20
-_num_threads = 0  # before they were reduced for small steps
+_num_threads = 0  # before they were reduced for small steps; 0: they are as many as ever
 RANK_0_SECONDS = 10.0  # for rank 0 to end by itself, when another process has found something
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
@@ -74,8 +74,12 @@ def suit_cpu(size: int) -> None:
     small = size <= SMALL_STEP
     torch.backends.mkldnn.enabled = not small  # type: ignore[assignment]
     if "OMP_NUM_THREADS" not in os.environ:
-        _num_threads = _num_threads or torch.get_num_threads()
-        torch.set_num_threads(1 if small else _num_threads)
+        if small and not _num_threads:
+            _num_threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+        elif _num_threads and not small:
+            torch.set_num_threads(_num_threads)
+            _num_threads = 0
     if not small:
         keep_freed_memory()
 

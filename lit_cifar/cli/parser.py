@@ -169,7 +169,8 @@ class Parser(LightningArgumentParser):
 
     def _as_typed(self, dotted: str) -> str:
         """The spelling of an option in this command line, or else its last."""
-        spellings = next((action.option_strings for action in self._actions if action.dest == dotted), [f"--{dotted}"])
+        found = next((action.option_strings for action in self._actions if action.dest == dotted), [f"--{dotted}"])
+        spellings = [flag for flag in found if not flag.endswith("+")]  # which appends to a list
         return self.typed_as(spellings) or spellings[-1]
 
     def typed_as(self, spellings: Sequence[str]) -> str | None:

@@ -66,7 +66,8 @@ def _locked(storage: Path) -> Iterator[None]:
     lock = FileLock(storage.with_suffix(".lock"))
     if storage.suffix == ".lock":  # taking the lock would empty it
         raise UserError(f"--storage {storage}: that is the name of a lock; name a file that ends in .db")
-    check_place(best_config(storage), WAY_OUT)
+    for path in (storage, best_config(storage)):
+        check_place(path, WAY_OUT)
     with writing(storage, WAY_OUT):
         storage.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -183,8 +183,17 @@ class CIFAR10DataModule(LightningDataModule):
     def test_dataloader(self) -> DeviceLoader:
         return self._eval_loader(self.test)
 
+    def num_batches(self) -> dict[str, int]:
+        """Batches of 'train', 'val' and 'test' on each rank, of those that are set up and have images."""
+        evaluated = {"val": self._val, "test": self._test}
+        num_evaluated = {stage: len(self._eval_batches(split)) for stage, split in evaluated.items() if split}
+        return {"train": len(self.train_batches()), **num_evaluated}
+
+    def _eval_batches(self, split: Split) -> EvalBatches:
+        return EvalBatches(len(split.labels), self.eval_batch_size, *self._rank())
+
     def _eval_loader(self, split: Split) -> DeviceLoader:
-        return DeviceLoader(split, EvalBatches(len(split.labels), self.eval_batch_size, *self._rank()), self._device())
+        return DeviceLoader(split, self._eval_batches(split), self._device())
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

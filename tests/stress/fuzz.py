@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import io
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -29,10 +30,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from odd_files import archives, encoded, icon, images, linked, members, netpbm, png, saved, tiff
+from odd_runs import TINY, environments, trainers
 from PIL import Image
 
 import lit_cifar.fit
 import lit_cifar.predict
+from lit_cifar import log, process
+from lit_cifar.cli import machine
 from lit_cifar.data.images import IMAGE_BYTES, IMAGE_FORMATS, decode_image
 from lit_cifar.data.source import find_source
 from lit_cifar.data.tree import Tree
@@ -44,6 +48,7 @@ from lit_cifar.results.report import peak_memory
 from lit_cifar.run.read import read_checkpoint
 
 SECONDS = 60  # that a case may take
+KEPT = ("cache", "tiny", "secret.png", "train")  # what cases have in common
 MAX_PEAK_BYTES = 2**30 + 2**29  # that a case may add to the most this process ever held
 NAMES = ("data", "model", "trainer", "checkpoint", "running_loss", "seed_everything", "config")
 KEYS = (
@@ -154,6 +159,33 @@ def judged(done: list[float]) -> Any:
         done.append(time.perf_counter() - started_at)
 
 
+@contextlib.contextmanager
+def alone(environment: dict[str, str]) -> Any:
+    """A run with variables in the environment, which leaves nothing of itself in this process and this folder."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        log._known = None
+        for path in Path().glob("*"):
+            if path.name not in KEPT:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def make_tree() -> None:
+    for split, num_images in (("train", 4), ("test", 2)):
+        for name in "ab":
+            folder = Path("tiny", split, name)
+            folder.mkdir(parents=True)
+            for index in range(num_images):
+                Image.new("RGB", (32, 32), (index * 9, 0, 9 * ord(name) % 256)).save(folder / f"{index}.png")
+
+
 def targets(done: list[float]) -> dict[str, tuple[int, Callable[..., None]]]:
     """By name: the share of all cases in hundredths, and a test that hypothesis can run."""
     pictures, packed, good = images(), archives(images()["PNG"]), checkpoint()
@@ -161,6 +193,7 @@ def targets(done: list[float]) -> dict[str, tuple[int, Callable[..., None]]]:
     for outside in ("secret.png", "train/a/0.png"):  # where a link could lead
         Path(outside).parent.mkdir(parents=True, exist_ok=True)
         Path(outside).write_bytes(encoded(Image.new("RGB", (32, 32), "white")))
+    make_tree()
     with zipfile.ZipFile(io.BytesIO(good)) as archive:
         pickle_name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
         pickled = archive.read(pickle_name)
@@ -217,6 +250,18 @@ def targets(done: list[float]) -> dict[str, tuple[int, Callable[..., None]]]:
             find_source(path, "cifar10")
             Tree(path).read(True)
 
+    @given(trainers)
+    def parts(trainer: dict[str, Any]) -> None:
+        Path("config.yaml").write_text(as_yaml({"trainer": trainer}))
+        with judged(done), alone({}):
+            machine.explained(lit_cifar.fit.main, [*TINY, "--config", "config.yaml"])
+
+    @given(environments)
+    def environments_of_runs(environment: dict[str, str]) -> None:
+        with judged(done), alone(environment):
+            process.check_environment()
+            machine.explained(lit_cifar.fit.main, TINY)
+
     @given(changes)
     def checkpoint_bytes(changes: list[Any]) -> None:
         Path("fuzz.ckpt").write_bytes(changed(good, changes))
@@ -230,8 +275,9 @@ def targets(done: list[float]) -> dict[str, tuple[int, Callable[..., None]]]:
             load("fuzz.ckpt")
 
     shares = {
-        "configs": 10, "config_bytes": 4, "fit_flags": 10, "predict_flags": 8, "image_bytes": 17, "odd_images": 20,
-        "archive_bytes": 8, "linked_archives": 10, "checkpoint_bytes": 6, "checkpoint_pickles": 7,
+        "configs": 9, "config_bytes": 3, "fit_flags": 9, "predict_flags": 7, "image_bytes": 13, "odd_images": 18,
+        "archive_bytes": 7, "linked_archives": 9, "parts": 10, "environments_of_runs": 6, "checkpoint_bytes": 4,
+        "checkpoint_pickles": 5,
     }  # fmt: skip
     made = locals()
     return {name: (share, made[name]) for name, share in shares.items()}
@@ -248,7 +294,7 @@ def main() -> None:
     found = 0
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
-        os.environ["LIT_CIFAR_CACHE"] = place + "/cache"
+        os.environ["LIT_CIFAR_CACHE"], os.environ["HOME"] = place + "/cache", place
         done: list[float] = []
         for name, (share, test) in targets(done).items():
             if options.only not in (None, name):
