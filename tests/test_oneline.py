@@ -123,7 +123,7 @@ def test_a_part_that_complains_when_it_is_used_is_named(flags: str, words: list[
         ("--trainer.logger CometLogger", ["CometLogger", "pip install"]),
         ("--trainer.profiler nonsense", ["profiler", "simple"]),
         ("--trainer.limit_test_batches 0.01", ["--trainer.limit_test_batches 0.01", "no batch", "choose"]),
-        ("--trainer.limit_train_batches 0.001 --batch_size 5000", ["--trainer.limit_train_batches 0.001", "no batch"]),
+        ("--trainer.limit_train_batches 0.001", ["--trainer.limit_train_batches 0.001", "no batch"]),
         ("--trainer.limit_val_batches 0.1 --data.num_val 50", ["--trainer.limit_val_batches 0.1", "no batch"]),
         ("--trainer.profiler XLAProfiler", ["XLAProfiler", "torch_xla"]),
         ("--precision transformer-engine", ["TransformerEnginePrecision", "transformer_engine"]),
@@ -465,6 +465,7 @@ def test_at_level_debug_the_traceback_comes_before_the_line(run_command: Run) ->
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_parameter_without_use_on_two_devices_ends_in_one_line(run_command: Run) -> None:
     flags = [*FLAGS, "--devices", "2", "--data.drop_last", "true", "--model.net", "faults.WithoutUse"]
     done = run_command("lit_cifar.fit", *flags)
@@ -473,6 +474,7 @@ def test_a_parameter_without_use_on_two_devices_ends_in_one_line(run_command: Ru
     assert "--strategy ddp_find_unused_parameters_true" in line
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_what_one_process_alone_finds_is_said_by_it(run_command: Run) -> None:
     flags = ["--devices", "2", "--data.drop_last", "true", "--trainer.callbacks", "faults.NoMemory"]

@@ -184,6 +184,7 @@ def test_flags_that_documents_name_exist(capsys: pytest.CaptureFixture[str]) -> 
     known = set(re.findall(r"--[\w.]+", capsys.readouterr().out)) | {f"--{short}" for short in SHORT_FLAGS}
     known |= set(re.findall(r"--[\w.]+", lit_cifar.bench.USAGE))
     known |= {"--nodes", "--ntasks", "--signal", "--wait"}  # Slurm's
+    known |= {"--shm"}  # Docker's --shm-size
     known |= {"--study", "--trials", "--storage", "--sort", "--json"}
     known |= {"--ckpt_path", "--logdir", "--print_config", "--model.net.num_classes", "--model.net.width"}
     for document in DOCUMENTS:

@@ -123,8 +123,8 @@ def check_limits(trainer: Trainer, num_batches: dict[str, int]) -> None:
         limit = getattr(trainer, f"limit_{stage}_batches")
         if isinstance(limit, float) and 0 < limit * num < 1:
             raise UserError(
-                f"--trainer.limit_{stage}_batches {limit} of {num} batches is no batch: choose {1 / num:.3g} or more, or "
-                "a whole number of batches"
+                f"--trainer.limit_{stage}_batches {limit} of {num} batches is no batch: choose {1 / num:.3g} or more, "
+                "or a whole number of batches"
             )
 
 

@@ -105,7 +105,7 @@ def bound_waiting(trainer: Trainer, strategy: object) -> None:
         strategy: the setting; what somebody made of one keeps its own timeout.
 
     Raises:
-        UserError: the environment has no such number.
+        UserError: the environment has no such number, or a LOCAL_RANK that is none.
     """
     if not isinstance(trainer.strategy, ParallelStrategy):
         return
@@ -117,6 +117,12 @@ def bound_waiting(trainer: Trainer, strategy: object) -> None:
         chosen._timeout = timedelta(seconds=seconds)
     launcher = chosen.launcher
     if type(launcher) is _SubprocessScriptLauncher:
+        local_rank = launcher.cluster_environment.local_rank()
+        if local_rank >= launcher.num_processes:
+            raise UserError(
+                f"LOCAL_RANK={local_rank} is not one of {launcher.num_processes} devices: unset it, or choose other "
+                "--devices"
+            )
         chosen._launcher = Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
         chosen.setup_environment = partial(_meet, launcher, chosen.setup_environment)
 
@@ -127,11 +133,9 @@ def _meet(launcher: _SubprocessScriptLauncher, meet: Callable[[], None]) -> None
     Raises:
         UserError: they do not.
     """
-    environment, num_devices = launcher.cluster_environment, launcher.num_processes
+    environment = launcher.cluster_environment
     try:
         address, port = environment.main_address, environment.main_port
-        if environment.local_rank() >= num_devices:
-            raise ValueError(f"LOCAL_RANK={environment.local_rank()} is not one of {num_devices} devices")
         if launcher.num_nodes == 1:  # elsewhere a node's name may be known only once it is up, for which torch waits
             socket.getaddrinfo(address, port)
         with _ended_at_once():
