@@ -109,10 +109,7 @@ def check_classes(checkpoint: dict[str, Any], classes: tuple[str, ...]) -> None:
     Raises:
         UserError: they are others.
     """
-    in_checkpoint = checkpoint.get("lit_cifar", {}).get("classes", ())
-    trained_on, classes = (
-        tuple(unicodedata.normalize("NFC", name) for name in names) for names in (in_checkpoint, classes)
-    )
+    trained_on, classes = _in_nfc(checkpoint.get("lit_cifar", {}).get("classes", ())), _in_nfc(classes)
     if trained_on and classes and trained_on != classes:
         if sorted(trained_on) == sorted(classes):
             raise UserError(
