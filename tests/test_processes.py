@@ -150,6 +150,33 @@ def test_messages_that_nobody_reads_cost_nothing() -> None:
     assert (done.returncode, done.stdout) == (0, "result\n")
 
 
+class Tee:
+    """What many scripts put in place of the standard output."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("stream", [Tee(), None])
+def test_a_script_may_put_anything_in_place_of_its_streams(stream: Tee | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    lit_cifar.fit.main([*SHORT, "--trainer.max_steps", "2"])
+    assert sys.stdout is stream
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert Path("lightning_logs/version_0/results.json").exists()
+    if stream:
+        assert "rank 0 of 1" in stream.text
+        assert "Accuracy on" in stream.text
+
+
 # ---- Ctrl-C ----
 
 
