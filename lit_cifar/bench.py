@@ -234,8 +234,11 @@ def _fit_in_process(args: list[str], folder: Path) -> dict[str, Any]:
         stdin=subprocess.DEVNULL,
         env={**os.environ, LAUNCHER_VARIABLE: str(os.getpid()), "PYTHONIOENCODING": "utf-8"},
     )
-    if done.returncode == 2:
-        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("lit_cifar: error: "))
+    if done.returncode < 0:
+        raise UserError(f"a run was ended by {signal.Signals(-done.returncode).name}, perhaps for want of memory")
+    last = (done.stderr.splitlines() or [""])[-1]
+    if done.returncode and last.startswith("lit_cifar: "):  # not with a traceback
+        raise UserError(last.removeprefix("lit_cifar: ").removeprefix("error: "))
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return _newest_results(folder)

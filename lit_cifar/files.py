@@ -17,6 +17,7 @@ from lit_cifar import log
 from lit_cifar.errors import UserError
 
 READER_SECONDS = 60.0  # that a named pipe may lack a reader
+MAX_BYTES = 2**27  # of a run's file of JSON; the results of 1,000 classes have 10 million at most
 
 
 @contextmanager
@@ -49,6 +50,29 @@ def _check_replaceable(path: Path) -> None:
         mode = os.lstat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
             raise OSError(errno.EEXIST, "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Opens a file to read, which may be a stranger's: a pipe would keep its reader waiting, a device be endless.
+
+    Raises:
+        OSError: it is no regular file, or it cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    raise OSError(errno.EINVAL, "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
+
+
+def read_whole(path: Path) -> bytes:
+    """All of a file, as `open_regular`; OSError also if it has more than MAX_BYTES bytes."""
+    with open_regular(path) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes > MAX_BYTES:
+            raise OSError(errno.EFBIG, f"it has {num_bytes:,} bytes")
+        return file.read()
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -26,7 +26,7 @@ from lit_cifar.cli import checks, finders, machine  # noqa: E402
 from lit_cifar.cli.command import CLI, set_up  # noqa: E402
 from lit_cifar.cli.parser import TRUST, Parser  # noqa: E402
 from lit_cifar.errors import UserError, calls_chosen  # noqa: E402
-from lit_cifar.files import check_place, writing  # noqa: E402
+from lit_cifar.files import check_place, read_whole, writing  # noqa: E402
 from lit_cifar.model.classifier import checked_config  # noqa: E402
 from lit_cifar.results.report import peak_memory, print_report, write_results  # noqa: E402
 from lit_cifar.run.check import check_state  # noqa: E402
@@ -198,7 +198,7 @@ def _earlier_seconds(run: Run, state: State | None) -> list[dict[str, float]]:
     noted: Any = state.chosen.get("seconds")
     if run.is_claimed:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-            results = json.loads(run.results.read_bytes())
+            results = json.loads(read_whole(run.results))
             if results["num_steps"] == state.step:
                 noted = results["seconds"].get("pieces", [results["seconds"]])
     is_known = isinstance(noted, list) and all(isinstance(piece, dict) for piece in noted)

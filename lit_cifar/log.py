@@ -4,7 +4,7 @@ errors.py."""
 import logging
 import os
 import sys
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lit_cifar.text import escaped
 
@@ -22,6 +22,12 @@ def set_level(level: str) -> None:
 def is_said(level: Level) -> bool:
     """Whether lines of a level are printed; from 'info' on if no level was set."""
     return getattr(logging, level.upper()) >= (logging.getLogger("lit_cifar").level or logging.INFO)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether people watch a standard stream: a script may have put an object in its place that can only be written to,
+    or None."""
+    return bool(getattr(stream, "isatty", bool)())
 
 
 def set_rank(rank: int, local_rank: int) -> None:

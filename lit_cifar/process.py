@@ -47,16 +47,17 @@ class _Output(io.RawIOBase):
         self._reader_gone = False
 
     def write(self, data: Any) -> int:
-        size = memoryview(data).nbytes
+        left = memoryview(data).cast("B")
+        size = len(left)
         try:
-            while not self._reader_gone:
-                written: int | None = self._raw.write(data)
-                if written is not None:
-                    return written
-                time.sleep(0.01)  # whoever shares the stream has set it not to block
+            while left and not self._reader_gone:  # a nearly full disk takes a part, at which python -u would leave it
+                written: int | None = self._raw.write(left)
+                left = left[written or 0 :]
+                if written is None:
+                    time.sleep(0.01)  # whoever shares the stream has set it not to block
         except BrokenPipeError as error:
             self._reader_gone = True
-            if self.name:
+            if self.name and rank() == 0:  # the others end with it
                 raise ReaderGone(*error.args) from None
         except OSError as error:
             if self.name and not self.failed and rank() == 0:
@@ -133,7 +134,8 @@ def _open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number: what is opened later must not get one of these
+            # the lowest free number: what is opened later, here or by a program that is started, must not get it
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     for number, name, words in ((1, "stdout", "the standard output"), (2, "stderr", "")):
         stream: TextIO = getattr(sys, name) or os.fdopen(number, "w", closefd=False)
@@ -154,12 +156,14 @@ def _open_streams() -> None:
 
 def _end_with(launcher: int) -> None:
     """Has the system end this process when its launcher ends, in whatever way, or a thread where the system cannot."""
+    if os.name != "posix":  # on Windows a venv's python.exe starts the true one, and a parent's id stays when it ends
+        return
     prctl = None
     with contextlib.suppress(OSError, AttributeError, TypeError):
         prctl = ctypes.CDLL(None).prctl  # Linux
     if prctl is None or prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
-    if hasattr(os, "getppid") and os.getppid() != launcher:  # it ended before
+    if os.getppid() != launcher:  # it ended before
         os._exit(1)
 
 

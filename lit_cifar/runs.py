@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_cifar import errors
 from lit_cifar.errors import FlagParser, UserError
-from lit_cifar.files import local_path
+from lit_cifar.files import local_path, read_whole
 from lit_cifar.run.folder import RESULTS, RUNS, TRIAL, Run, run_version
 from lit_cifar.text import columns, nearest, printable
 
@@ -101,7 +101,7 @@ def read_run(folder: Path) -> Row:
     run = Run(folder=folder)
     without_results = Row(str(folder), run_version(folder))
     try:
-        results = json.loads(run.results.read_bytes())
+        results = json.loads(read_whole(run.results))
         return replace(
             without_results,
             recipe=_text(results.get("recipe")),
@@ -124,7 +124,7 @@ def read_run(folder: Path) -> Row:
 def _state_without_results(run: Run) -> str:
     has = "has a checkpoint" if run.checkpoint("last").is_file() else "no checkpoint"
     try:
-        trial = json.loads(run.trial.read_bytes())
+        trial = json.loads(read_whole(run.trial))
         has = f"trial {int(trial['trial'])}, {printable(trial['state'])}, {has}"
     except FileNotFoundError:
         pass

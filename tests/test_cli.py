@@ -125,6 +125,7 @@ def test_help_takes_hardly_longer_than_importing_lightning(tmp_path: Path) -> No
         (["--model.net", "lit_cifar.nets.Nett"], ["--model.net", "no attribute 'Nett'"]),
         (["--config", "missing.yaml"], ["--config", "missing.yaml"]),
         (["--config", "broken.yaml"], ["--config broken.yaml is no valid YAML"]),
+        (["--config", "empty.yaml"], ["--config empty.yaml holds no settings"]),
         (["--config", "unknown.yaml"], ["unknown key 'model.lrr'", "did you mean model.lr?"]),
         (["--config", "unknown_group.yaml"], ["unknown key 'modle.lr'", "did you mean model.lr?"]),
         (["--config", "wrong_type.yaml"], ["--model.lr: expected float, got fast"]),
@@ -139,6 +140,7 @@ def test_help_takes_hardly_longer_than_importing_lightning(tmp_path: Path) -> No
 )
 def test_what_is_typed_wrong_ends_in_one_line_that_helps(args: list[str], words: list[str], tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("model:\n  lr: [\n")
+    (tmp_path / "empty.yaml").write_text("# model:\n#   lr: 1\n")
     (tmp_path / "unknown.yaml").write_text("model:\n  lrr: 1\n")
     (tmp_path / "unknown_group.yaml").write_text("modle:\n  lr: 1\n")
     (tmp_path / "wrong_type.yaml").write_text("model:\n  lr: fast\n")

@@ -114,12 +114,67 @@ def test_a_reader_that_has_gone_ends_the_command() -> None:
     assert not Path("done").exists()
 
 
+def test_a_reader_that_has_gone_is_left_to_the_first_rank() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    env = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1"}
+    done = call(command("print('rank 1 of 2', flush=True)"), stdout=write, env=env)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path("done").exists()
+
+
+@posix
+def test_a_disk_that_takes_a_part_of_the_output_is_full_without_a_buffer_too() -> None:
+    args = ["sh", "-c", 'ulimit -f 1; exec "$@" > output', "sh", *command("sys.stdout.write('x' * 5000)")]
+    done = call(args, env={"PYTHONUNBUFFERED": "1"})
+    assert Path("output").stat().st_size < 5000
+    assert done.returncode == 2
+    assert done.stderr.startswith("lit_cifar: error: the standard output cannot be written")
+
+
+@posix
+def test_what_a_process_with_closed_streams_starts_has_streams() -> None:
+    """Else the first file that it opens becomes its standard output."""
+    child = "import os; [os.fstat(number) for number in (0, 1, 2)]; open('opened', 'w')"
+    body = f"import subprocess\nsubprocess.run([sys.executable, '-c', {child!r}], close_fds=False)"
+    call(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command(body)])
+    assert Path("opened").exists()
+
+
 def test_messages_that_nobody_reads_cost_nothing() -> None:
     read, write = os.pipe()
     os.close(read)
     done = call(command("print('warned', file=sys.stderr, flush=True); print('result')"), stderr=write)
     os.close(write)
     assert (done.returncode, done.stdout) == (0, "result\n")
+
+
+class Tee:
+    """What many scripts put in place of the standard output."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("stream", [Tee(), None])
+def test_a_script_may_put_anything_in_place_of_its_streams(stream: Tee | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    lit_cifar.fit.main([*SHORT, "--trainer.max_steps", "2"])
+    assert sys.stdout is stream
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert Path("lightning_logs/version_0/results.json").exists()
+    if stream:
+        assert "rank 0 of 1" in stream.text
+        assert "Accuracy on" in stream.text
 
 
 # ---- Ctrl-C ----
@@ -218,6 +273,12 @@ def test_a_process_whose_launcher_has_gone_before_ends_at_once() -> None:
     gone.wait()
     done = call(command(FOLLOWER), env={"LIT_CIFAR_LAUNCHER": str(gone.pid)})
     assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_a_launcher_is_not_looked_for_on_windows() -> None:
+    """There a venv's python.exe starts the true one, whose parent it is."""
+    body = "from lit_cifar import process\nos.name = 'nt'\nprocess._end_with(1 + os.getppid())\nos.name = 'posix'"
+    assert call(command(body)).returncode == 0
 
 
 def test_what_a_process_starts_does_not_follow_its_launcher() -> None:
@@ -357,6 +418,28 @@ def test_bench_takes_its_run_of_fit_along(tmp_path: Path, monkeypatch: pytest.Mo
         os.kill(pid, 0)
     assert list((tmp_path / "temporary").iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@posix
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("kill -KILL $$", "a run was ended by SIGKILL, perhaps for want of memory"),
+        ("echo 'lit_cifar: error: rank 1 was ended by SIGKILL' >&2; exit 1", "rank 1 was ended by SIGKILL"),
+        ("echo 'lit_cifar: SIGTERM: the state is saved' >&2; exit 75", "SIGTERM: the state is saved"),
+    ],
+)
+def test_bench_says_in_a_line_what_ended_its_run_of_fit(
+    end: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = tmp_path / "fit"
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    stand_in.write_text(f"#!/bin/sh\n{end}\n")
+    stand_in.chmod(0o755)
+    assert error_of(bench.main, [RECIPE, "--runs", "1", *SHAPES]) == words
+    stand_in.write_text("#!/bin/sh\necho 'AssertionError: a bug' >&2; exit 1\n")
+    with pytest.raises(RuntimeError, match="AssertionError: a bug"):
+        bench.main([RECIPE, "--runs", "1", *SHAPES])
 
 
 # ---- DataLoader workers ----

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, Run
+from helpers import ROOT, Run, error_of
 
 import lit_cifar.fit
 from lit_cifar import runs
 from lit_cifar.errors import UserError
+from lit_cifar.run.folder import read_identity
+from lit_cifar.run.read import read_checkpoint
 from lit_cifar.runs import SORT_KEYS
 
 RESULTS: dict[str, Any] = {
@@ -223,3 +225,21 @@ def test_listing_needs_no_torch() -> None:
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, check=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_what_is_no_file_or_endless_in_a_strangers_run_is_not_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, sparse, trial = (make_run(version) for version in range(3))
+    (pipe / "results.json").unlink()
+    os.mkfifo(pipe / "results.json")
+    os.mkfifo(pipe / "run.json")
+    os.truncate(sparse / "results.json", 2**40)
+    (trial / "results.json").unlink()
+    os.mkfifo(trial / "trial.json")
+    assert [row["state"] for row in as_json(capsys)] == [
+        "results.json cannot be read (it is no regular file)",
+        "results.json cannot be read (it has 1,099,511,627,776 bytes)",
+        "no results: trial.json is damaged, no checkpoint",
+    ]
+    assert read_identity(pipe) is None
+    assert "cannot be read (it is no regular file)" in error_of(read_checkpoint, pipe / "run.json")

@@ -243,7 +243,7 @@ class CLI(LightningCLI):
         has_bar = checks.check_bars(config, _as_list(config["callbacks"]))
         overrides: dict[str, Any] = {}
         if config["enable_progress_bar"] is None:
-            overrides["enable_progress_bar"] = has_bar or sys.stdout.isatty()
+            overrides["enable_progress_bar"] = has_bar or log.is_terminal(sys.stdout)
         if not self.config["data"]["num_val"]:
             overrides["limit_val_batches"] = 0
         ours = [finders.Found(self.run), DeviceShapes(), Dashboard(self._command)]

@@ -253,6 +253,8 @@ class ConfigFile(ActionConfigFile):
         except UserError as error:
             if "no valid YAML" in str(error):
                 raise UserError(f"--config {values} is {error}") from None
+            if str(error).startswith("Unexpected config"):
+                raise UserError(f"--config {values} holds no settings; --print_config shows how they look") from None
             raise
         except UnicodeDecodeError as error:
             raise UserError(f"--config {values} is no text in UTF-8: {error}") from None

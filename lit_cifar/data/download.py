@@ -195,7 +195,7 @@ class _Progress:
         self.spec, self.report_seconds, self.first_size = spec, report_seconds, size
         self.started_at = self.reported_at = time.monotonic()
         self.bar: Any = None
-        if sys.stderr.isatty() and log.is_said("info"):
+        if log.is_terminal(sys.stderr) and log.is_said("info"):
             from tqdm import tqdm
 
             self.bar = tqdm(

@@ -255,7 +255,7 @@ def _decode(contents: Contents, spool: IO[bytes]) -> Decoded:
     images: dict[Key, dict[str, int]] = {}  # by class, which image of the spool has which name
     num_images = 0
     num_resized = 0
-    terminal = sys.stderr.isatty() and log.is_said("info")
+    terminal = log.is_terminal(sys.stderr) and log.is_said("info")
     started_at = time.perf_counter()
     if not terminal:
         log.tell(f"decoding the images of {contents.path}")

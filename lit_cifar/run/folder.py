@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 from lit_cifar.errors import UserError
-from lit_cifar.files import write_durably
+from lit_cifar.files import read_whole, write_durably
 from lit_cifar.run.lock import FolderLock, is_locked
 
 RUNS = Path("lightning_logs")
@@ -150,7 +150,7 @@ class Run:
         if not self.results.is_file():
             return
         try:
-            num_steps = int(json.loads(self.results.read_bytes())["num_steps"])
+            num_steps = int(json.loads(read_whole(self.results))["num_steps"])
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             num_steps = 0
         aside, number = self.folder / f"results-{num_steps}.json", 1
@@ -172,7 +172,7 @@ class Run:
 def read_identity(folder: Path) -> str | None:
     """The identity of the run whose folder this is; None where there is none."""
     try:
-        identity = json.loads((folder / IDENTITY).read_bytes())["identity"]
+        identity = json.loads(read_whole(folder / IDENTITY))["identity"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return identity if isinstance(identity, str) else None

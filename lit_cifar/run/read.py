@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from lit_cifar import log
 from lit_cifar.errors import UserError
+from lit_cifar.files import open_regular
 from lit_cifar.run.check import first_mismatch
 from lit_cifar.run.folder import CHECKPOINTS, RUNS, run_version
 from lit_cifar.run.trust import is_plain
@@ -139,7 +140,7 @@ def _check_records(path: Path) -> None:
 
     torch.load looks at none of this: it unpacks what is packed, and lets a flipped bit of a weight pass.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if file.read(4) != b"PK\3\4":
             raise zipfile.BadZipFile
         with zipfile.ZipFile(file) as archive:

@@ -38,7 +38,7 @@ def write(trainer: Trainer, line: str) -> None:
 def warn(trainer: Trainer, line: str) -> None:
     """Prints what somebody may have to act on, a line on standard error."""
     if log.is_said("warning"):
-        sys.stdout.flush()
+        print(end="", flush=True)
         _write(trainer, f"lit_cifar: warning: {line}", sys.stderr)
 
 
@@ -46,5 +46,4 @@ def _write(trainer: Trainer, line: str, file: TextIO) -> None:
     if isinstance(trainer.progress_bar_callback, TQDMProgressBar) and trainer.progress_bar_callback.is_enabled:
         trainer.progress_bar_callback.print(line, file=file)
     else:
-        file.write(line + "\n")
-        file.flush()
+        print(f"{line}\n", end="", file=file, flush=True)  # in one piece, between other ranks' lines
