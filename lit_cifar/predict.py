@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -86,7 +86,7 @@ def main(args: list[str]) -> None:
     if options.csv:
         columns = [f"{column}_{place}" for place in range(1, top + 1) for column in ("class", "probability")]
         print("path", *columns, "error", sep=",")
-    _in_background(finish, _batches(images, options.batch_size))
+    _in_background(finish, _batches(images, options.batch_size, frozenset(paths)))
     if errors:
         done = "classified" if NOT_FINITE in errors else "read"
         raise UserError(f"{len(errors)} of {len(images)} images could not be {done}")
@@ -175,9 +175,11 @@ def _walk(folder: str) -> list[str]:
     return sorted(found)
 
 
-def _batches(images: Iterable[tuple[str, bytes | None]], batch_size: int) -> Iterator[list[Pixels]]:
+def _batches(
+    images: Iterable[tuple[str, bytes | None]], batch_size: int, named: Collection[str] = ()
+) -> Iterator[list[Pixels]]:
     batch: list[Pixels] = []
-    for _, pixels in in_order(_read(images), _decode):
+    for _, pixels in in_order(_read(images, named), _decode):
         batch.append(pixels)
         if len(batch) == batch_size:
             yield batch
@@ -186,12 +188,15 @@ def _batches(images: Iterable[tuple[str, bytes | None]], batch_size: int) -> Ite
         yield batch
 
 
-def _read(images: Iterable[tuple[str, bytes | None]]) -> Iterator[tuple[tuple[str, str], bytes]]:
+def _read(
+    images: Iterable[tuple[str, bytes | None]], named: Collection[str]
+) -> Iterator[tuple[tuple[str, str], bytes]]:
+    """The images' files; of pipes those that are `named`, for a folder may hold any number that nobody writes to."""
     for path, data in images:
         error = ""
         if data is None:
             try:
-                data = read_image(path, may_be_pipe=True)
+                data = read_image(path, may_be_pipe=path in named)
             except UserError as failed:
                 data, error = b"", str(failed)
             except (OSError, ValueError) as failed:  # ValueError: a zero byte in a path

@@ -180,8 +180,9 @@ class DroppingNet(Net):
 @pytest.mark.parametrize("workers", [False, True])
 def test_random_nets_and_transforms_resume_to_the_bit(workers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     net = ["--model.net", f"{__name__}.DroppingNet"]
-    transform = ["--data.transform", "[torchvision.transforms.v2.RandAugment]"] if workers else AUGMENT
-    args = [*SHAPES, "--batch_size", "20", "--max_epochs", "1", "--trainer.limit_train_batches", "60", *net, *transform]
+    transform = ["--data.transform", "[torchvision.transforms.v2.RandAugment]"] if workers else []
+    args = [*SHAPES, "--batch_size", "20", "--max_epochs", "1", "--trainer.limit_train_batches", "60", *net, *AUGMENT]
+    args += transform
     args += ["--data.num_workers", "0", "--checkpoint.every_n_train_steps", "25"]
     lit_cifar.fit.main(args)
     with pytest.raises(_StopError):

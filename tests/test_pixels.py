@@ -255,7 +255,42 @@ def test_exif_after_the_pixels_counts_too() -> None:
     assert np.array_equal(decoded(data)[..., 0], np.rot90(GREY >> 2, -1))
 
 
+def test_exif_as_imagemagick_writes_it_into_a_png_counts_too() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    raw = exif.tobytes()
+    text = f"\nexif\n{len(raw):8}\n{raw.hex()}\n".encode()
+    data = png(GREY >> 2, 8, chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text)))
+    assert np.array_equal(decoded(data)[..., 0], np.rot90(GREY >> 2, -1))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_damaged_exif_turns_nothing_and_costs_no_image(kind: str) -> None:
+    image = Image.fromarray((GREY >> 2).astype(np.uint8)).convert("RGB")
+    options: dict[str, Any] = {"WEBP": {"lossless": True}}.get(kind, {})
+    data = encoded(image, kind, exif=b"Exif\0\0not a TIFF at all", **options)
+    assert np.array_equal(decoded(data), decoded(encoded(image, kind, **options)))
+
+
+def test_black_ink_of_16_bits_is_a_colour_too() -> None:
+    inks = np.dstack([np.zeros_like(FULL)] * 3 + [FULL]).astype("<u2")
+    data = tiff(inks.tobytes(), 16, num_colours=4, photometric=5)
+    assert np.abs(decoded(data)[..., 0].astype(int) - (255 - (FULL >> 8))).max() <= 1
+
+
 # ---- transparency: on white ----
+
+
+@pytest.mark.parametrize("kind", ["TGA", "TIFF"])
+def test_a_fourth_byte_that_no_file_calls_alpha_hides_nothing(kind: str) -> None:
+    padded = NOISE.copy()
+    padded[..., 3] = 0
+    stated = encoded(Image.fromarray(padded), kind)
+    assert (decoded(stated) == 255).all()
+    unstated = bytearray(stated)
+    unstated[17] &= 0xF0
+    data = tiff(padded.tobytes(), 8, num_colours=4, photometric=2) if kind == "TIFF" else bytes(unstated)
+    assert np.array_equal(decoded(data), NOISE[..., :3])
 
 
 def on_white(colours: Array, alpha: Array) -> Array:

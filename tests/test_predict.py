@@ -273,6 +273,17 @@ def test_what_is_no_file_or_never_ends_has_its_line_and_the_rest_goes_on(
     ]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_pipes_in_folders_are_not_waited_for(
+    checkpoint: Path, drawn: torch.Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo("drawn/more/nobody.png")
+    for paths in (["drawn"], ["drawn/**/*.png"]):
+        assert error_of(predict, checkpoint, *paths, "--json") == f"1 of {NUM_DRAWN + 1} images could not be read"
+        *_, last = objects(capsys.readouterr().out)
+        assert last == {"path": "drawn/more/nobody.png", "error": "is a pipe or a device, not a file"}
+
+
 def test_endless_standard_input_is_one_image_that_is_too_large(
     checkpoint: Path, drawn: torch.Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """An opened image to 8-bit RGB: which value is white, what shows through transparency. images.py opens it."""
 
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 BACKGROUND = (255, 255, 255)  # behind transparency: white, as on a page, where drawings in black stay visible
 RESCALE = "scale its values to 8 bits and save it again"
+EXIF = ("exif", "Raw profile type exif")  # where Pillow puts it; ImageMagick writes the other into a PNG
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies grey values of so many bits to fill 0..255
 
 
@@ -45,8 +47,11 @@ def to_rgb(image: "Image.Image", data: bytes) -> "Image.Image":
     samples = _samples(image, data)
     step = GREY_STEPS.get(_raw_mode(image))
     image.load()
-    if "exif" in image.info:  # asking first saves 2 s on 60,000 JPEGs
-        image = ImageOps.exif_transpose(image)
+    if _has_unused(image, data):
+        image = image.convert("RGB")
+    if not image.info.keys().isdisjoint(EXIF):  # asking first saves 2 s on 60,000 JPEGs
+        with suppress(Exception):  # damaged, as that of some cameras and editors is: of the pixels it says nothing
+            image = ImageOps.exif_transpose(image)
     key = image.info.get("transparency")
     if step and isinstance(key, int) and key <= 255 // step:  # of the grey that is transparent; Pillow scales the rest
         image.info["transparency"] = key * step
@@ -149,13 +154,22 @@ def _check_upper_bytes(image: "Image.Image", samples: Samples) -> None:
     if samples.white not in (None, 65535):
         raise UserError(f"has {samples.bits}-bit colours of which {samples.white} is white; {RESCALE}")
     extrema: Any = image.getextrema()
-    highest = max(high for _, high in (extrema[:3] if isinstance(extrema[0], tuple) else [extrema]))
+    of_bands = extrema if isinstance(extrema[0], tuple) else [extrema]
+    highest = max(high for band, (_, high) in zip(image.getbands(), of_bands, strict=True) if band not in "Aa")
     if samples.white is None and highest <= 64:  # to which Pillow rounds 16383 in a PPM
         raise UserError(_too_dark(f"{highest * 256 + 255} of 65535 at most", samples.bits))
 
 
 def _too_dark(reached: str, bits: int) -> str:
     return f"has {bits}-bit values up to {reached}, so it is not known which is white; {RESCALE}"
+
+
+def _has_unused(image: Any, data: bytes) -> bool:
+    """Whether each pixel has a fourth byte that is 0, and that a TGA or TIFF does not say to be alpha."""
+    if image.mode != "RGBA" or image.format not in ("TGA", "TIFF"):
+        return False
+    stated = data[17] & 15 if image.format == "TGA" else 338 in image.tag_v2  # bits of alpha; ExtraSamples
+    return not stated and image.getchannel("A").getextrema() == (0, 0)
 
 
 def _opaque(image: "Image.Image") -> "Image.Image":
