@@ -35,6 +35,8 @@ from lit_cifar.run.read import State, find_checkpoint, read_checkpoint  # noqa: 
 from lit_cifar.training.progress import Progress  # noqa: E402
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "running_loss")  # of a config
+# what the end of a training run depends on
+LIMITS = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "callbacks")
 IMPORT_SECONDS = time.perf_counter() - _started
 
 
@@ -100,6 +102,10 @@ def train(command: CLI, started: float) -> dict[str, float]:
         command.run.started, command.run.earlier = started, _earlier_seconds(command.run, command.state)
         if command.trainer.is_global_zero:
             check_place(command.run.results, "move it away, or make its folder writable")
+        if command.state and command.checkpoints and _is_stopped(command.state, command.plain_config):
+            command.checkpoints.stopped = True
+            if trainer.is_global_zero:
+                log.tell("a callback has ended this run: to train longer, choose more --max_epochs or other callbacks")
     path = command.state.path if command.state else None
     command.state = None  # its tensors are as large as the net's
     gc.freeze()  # what is imported stays: searching it for garbage took 0.2 s before an epoch of 12,500 steps
@@ -188,6 +194,14 @@ def _check_length(state: State, trainer: Trainer) -> None:
                 f"--{flag} {limit} is less than the {done} that {state.path} has behind it: choose at least {done}, or "
                 "resume from an earlier checkpoint"
             )
+
+
+def _is_stopped(state: State, config: dict[str, Any]) -> bool:
+    """Whether a callback, such as EarlyStopping, has ended the run, which is resumed as it was: EarlyStopping itself
+    would train until the next validation, with another end than that of a run that was not killed in its test."""
+    before, now = state.config.get("trainer", {}), config["trainer"]
+    same = all(before.get(key) == now[key] for key in LIMITS)
+    return state.chosen.get("stopped") is True and same and bool(now["callbacks"])  # without: a sweep ended it
 
 
 def _earlier_seconds(run: Run, state: State | None) -> list[dict[str, float]]:

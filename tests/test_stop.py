@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SHAPES, assert_same_run
+import yaml
+from helpers import ROOT, SHAPES, assert_same_run, results, weights
 
 import lit_cifar.fit
 from lit_cifar.errors import UserError
@@ -198,3 +199,25 @@ def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
     debris.write_bytes(b"half")
     lit_cifar.fit.main(["--resume", "lightning_logs/version_0", "--max_epochs", "2"])
     assert not debris.exists()
+
+
+# ---- runs that a callback ends ----
+
+
+@pytest.mark.parametrize("interval", ["1.0", "2"])  # of validations: at an epoch's end, and within it
+def test_a_run_that_a_callback_ended_is_resumed_at_its_end(interval: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 1, "mode": "max"}}
+    Path("run.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [stopping]}}))
+    few = ["--trainer.limit_train_batches", "5", "--trainer.limit_test_batches", "1", "--data.num_val", "20"]
+    flags = [*SHAPES, "--batch_size", "20", "--config", "run.yaml", *few, "--trainer.val_check_interval", interval]
+    lit_cifar.fit.main([*flags, "--lr", "0.01", "--max_epochs", "9"])
+    ended, end = results("version_0"), weights("version_0")
+    assert ended["num_steps"] < 45
+    capsys.readouterr()
+    Path("lightning_logs/version_0/results.json").unlink()  # as if it had been killed in its test
+    lit_cifar.fit.main(["--resume", "auto"])
+    assert "a callback has ended this run" in capsys.readouterr().err
+    assert results("version_0")["num_steps"] == ended["num_steps"]
+    assert all(torch.equal(weight, weights("version_0")[name]) for name, weight in end.items())
+    lit_cifar.fit.main(["--resume", "auto", "--max_epochs", "10"])
+    assert results("version_0")["num_steps"] > ended["num_steps"]

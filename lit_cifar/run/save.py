@@ -112,6 +112,7 @@ class Checkpoints(Checkpoint):
         self.run: Run | None = None  # set by the command; without one nothing is saved
         self.best_score: float | None = None  # of best.ckpt, in the line of states that this run goes on from
         self.best_step: int | None = None
+        self.stopped = False  # whether a callback has ended the training run, and not its last epoch or step
         self._seen_step = 0  # with accumulated gradients, only the first batch end at a step is a step's end
         self._random_states: list[dict[str, Any]] = []
         self._saved_weights: list[tuple[int, int]] = []  # by _versions, of last.ckpt
@@ -129,6 +130,7 @@ class Checkpoints(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fit_started = time.perf_counter()
+        trainer.should_stop = trainer.should_stop or self.stopped
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_signals()  # and does nothing at one: a test is short
@@ -164,7 +166,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_last_batch:
             return
         interrupted, due = self._agree()
-        stops = trainer.should_stop or step == trainer.max_steps
+        stops = _is_ended(trainer) or step == trainer.max_steps
         if stops or due or interrupted or step % self.every_n_train_steps == 0:
             self._save(trainer, "last")
         if interrupted:
@@ -206,11 +208,12 @@ class Checkpoints(Checkpoint):
             raise UserError(f"--checkpoint.monitor {self.monitor} is not logged: choose one of {names}")
         score = float(trainer.callback_metrics[self.monitor])
         sign = 1 if self.mode == "max" else -1
-        if math.isnan(score):
-            return  # no other score would be better than it
-        if self.best_score is None or sign * score > sign * self.best_score:
+        # no other score would be better than nan
+        if not math.isnan(score) and (self.best_score is None or sign * score > sign * self.best_score):
             self.best_score, self.best_step = score, trainer.global_step
             self._save(trainer, "best")
+        if _is_ended(trainer) and not trainer.is_last_batch:  # by this validation, within an epoch
+            self._save(trainer, "last")
 
     def has_best(self, trainer: Trainer) -> bool:
         """Whether best.ckpt is there and was chosen in the line of states that this run goes on from; ask on all ranks.
@@ -257,6 +260,7 @@ class Checkpoints(Checkpoint):
                     self.run.set_results_aside()
                     keep(path, self.num_kept)
             self._saved_weights = _versions(trainer.lightning_module)
+        self.stopped = name == "last" and trainer.should_stop
         trainer.save_checkpoint(path)
         self._saved_at = time.monotonic()
 
@@ -270,6 +274,7 @@ class Checkpoints(Checkpoint):
         if self.run is not None:
             now = time.perf_counter()
             seconds = [*self.run.earlier, {"fit": now - self._fit_started, "total": now - self.run.started}]
+        best |= {"stopped": self.stopped}
         return {"run": self.run.identity if self.run else None, **best, "random_states": states, "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -284,6 +289,11 @@ class Checkpoints(Checkpoint):
                 raise DivergedError(
                     f"step {trainer.global_step}: {name} is not finite, so nothing is saved: {way_on} a smaller --lr"
                 )
+
+
+def _is_ended(trainer: Trainer) -> bool:
+    """Whether a callback, such as EarlyStopping, ends the training run here, and --trainer.min_epochs lets it."""
+    return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
 
 
 def _versions(module: LightningModule) -> list[tuple[int, int]]:
