@@ -110,8 +110,11 @@ def train(command: CLI, started: float) -> dict[str, float]:
     command.state = None  # its tensors are as large as the net's
     gc.freeze()  # what is imported stays: searching it for garbage took 0.2 s before an epoch of 12,500 steps
     fit_started = time.perf_counter()
-    with machine.inherited(log.CHILD_VARIABLE, str(path or "")):
-        trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
+    try:
+        with machine.inherited(log.CHILD_VARIABLE, str(path or "")):
+            trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
+    finally:
+        gc.unfreeze()  # or what an earlier run of this process left, its images among it, would stay for ever
     fit_ended = time.perf_counter()
     progress = next(callback for callback in trainer.callbacks if isinstance(callback, Progress))  # type: ignore[attr-defined]
     return {

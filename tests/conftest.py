@@ -19,10 +19,19 @@ from helpers import PYTHONPATH, Run  # noqa: E402
 
 import lit_cifar.fit  # noqa: E402
 import lit_cifar.process  # noqa: E402
+from lit_cifar.cli import machine  # noqa: E402
 from lit_cifar.data import shapes  # noqa: E402
 
 # LightningCLI 2.6.6 calls names that jsonargparse 4.49 deprecates; not ours to fix
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _memory_is_given_back() -> Iterator[None]:
+    """Commands let their process keep memory that it frees; one process with all tests in it came to 8 GB so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "keep_freed_memory", lambda: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -402,10 +403,18 @@ def test_what_is_wrong_on_one_rank_alone_is_reported_once(rank: int, run_command
 def test_bench_takes_its_run_of_fit_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for fit has bench ended by a signal, and would go on."""
     stand_in = tmp_path / "fit"
-    stand_in.write_text(
-        f"#!/bin/sh\necho $$ $LIT_CIFAR_LAUNCHER > {tmp_path}/started\nkill -TERM {os.getpid()}\nexec sleep 600\n"
-    )
+    # not before bench waits for it: one that is just being started is left to what it does when its launcher ends
+    wait = f"until [ -e {tmp_path}/waited_for ]; do sleep 0.1; done"
+    started = f"echo $$ $LIT_CIFAR_LAUNCHER > {tmp_path}/started"
+    stand_in.write_text(f"#!/bin/sh\n{started}\n{wait}\nkill -TERM {os.getpid()}\nexec sleep 600\n")
     stand_in.chmod(0o755)
+
+    class Popen(subprocess.Popen):  # type: ignore[type-arg]
+        def communicate(self, *args: Any, **options: Any) -> Any:
+            (tmp_path / "waited_for").touch()
+            return super().communicate(*args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(sys, "executable", str(stand_in))
