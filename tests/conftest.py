@@ -28,7 +28,7 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 @pytest.fixture(autouse=True, scope="session")
 def _memory_is_given_back() -> Iterator[None]:
-    """Commands let their process keep memory that it frees; one process with all tests in it came to 8 GB so."""
+    """Commands let their process keep memory that it frees: too much for one process with hundreds of runs in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "keep_freed_memory", lambda: None)
         yield
