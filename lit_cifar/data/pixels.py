@@ -74,7 +74,7 @@ def _samples(image: "Image.Image", data: bytes) -> Samples:
         return _samples_of_tiff(image)
     if image.format == "PPM":
         return _samples_of_ppm(image)
-    if image.format == "JPEG2000":  # SOC, SIZ and 38 bytes, then a component's bits less 1; Pillow scales to 8 or 16
+    if image.format == "JPEG2000":  # 4 bytes, 38 more, then a component's bits less 1; Pillow scales to 8 or 16
         bits = (data[data.index(b"\xff\x4f\xff\x51") + 42] & 127) + 1
         return Samples(16 if bits > 8 else 8, None if bits == 16 else 65535)
     is_wide_sgi = image.format == "SGI" and data[3] == 2  # bytes for each value
