@@ -469,7 +469,8 @@ def test_a_worker_that_dies_is_one_line(number: int) -> None:
     message = error_of(load)
     assert message.startswith("a process of --data.num_workers has died")
     assert message.endswith("choose fewer, or --data.num_workers 0")
-    assert ("want of memory" in message) == (number == signal.SIGKILL)
+    # torch names the signal where its own handler sees the end first, and not where the queue does
+    assert number == signal.SIGKILL or "want of memory" not in message
 
 
 def test_a_transform_that_fails_is_one_line_with_its_place() -> None:
@@ -485,6 +486,7 @@ def test_a_transform_that_fails_is_one_line_with_its_place() -> None:
         ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that", "shared memory (/dev/shm)"),
         ("unable to write to file </torch_7_8_9>: No space left on device (28)", "--shm-size 1g"),
         ("received 0 items of ancdata", "ulimit -n"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", "has died (for want of memory, perhaps)"),
     ],
 )
 def test_what_workers_lack_is_named_with_the_way_out(text: str, words: str) -> None:
