@@ -62,7 +62,9 @@ class Workers:
         except UserError:
             raise
         except Exception as error:
-            raise worker_error(error) or error from None
+            workers = getattr(self._loader._iterator, "_workers", [])
+            is_killed = any(worker.exitcode == -9 for worker in workers)  # of which torch's error need not know
+            raise worker_error(error, is_killed) or error from None
 
 
 class _Keys:
@@ -160,7 +162,7 @@ def check_transform(transform: Callable[[Tensor], Tensor], split: Split) -> None
         raise UserError(image)
 
 
-def worker_error(error: BaseException) -> UserError | None:
+def worker_error(error: BaseException, is_killed: bool = False) -> UserError | None:
     """What an error of a DataLoader and its workers means; None if it is another one.
 
     A worker that dies is noticed wherever the main process happens to be, not only where it asks for a batch.
@@ -174,7 +176,7 @@ def worker_error(error: BaseException) -> UserError | None:
     if "Too many open files" in text or "ancdata" in text:
         return _of_this_rank("too many files are open for --data.num_workers: raise ulimit -n, or choose fewer workers")
     if re.search(r"DataLoader worker \(pid.*?\) (is killed by signal|exited unexpectedly)", text):
-        why = " (for want of memory, perhaps)" if "Killed" in text else ""
+        why = " (for want of memory, perhaps)" if is_killed or "Killed" in text else ""
         return _of_this_rank(f"a process of --data.num_workers has died{why}: choose fewer, or --data.num_workers 0")
     return None
 

@@ -17,7 +17,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     Callback,
     Checkpoint,
-    GradientAccumulationScheduler,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -146,7 +145,7 @@ class Checkpoints(Checkpoint):
                 self.best_score = self.best_step = None
         if trainer.fit_loop.restarted_mid_epoch:  # whose start Lightning does not announce again
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, (GradientAccumulationScheduler, StochasticWeightAveraging)):
+                if isinstance(callback, StochasticWeightAveraging):
                     callback.on_train_epoch_start(trainer, pl_module)
         self._agreement = Agreement()
         self._saved_at = time.monotonic()
