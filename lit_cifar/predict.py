@@ -103,7 +103,8 @@ def _parser() -> NetParser:
     )
     parser.add_argument("--top", type=int, metavar="N", default=3, help="classes printed for each image (default: 3)")
     parser.add_argument("--batch_size", type=int, metavar="N", default=256, help="images at a time (default: 256)")
-    parser.add_argument("--accelerator", choices=("cpu", "gpu", "auto"), default="auto", help="default: auto")
+    accelerators = ("cpu", "gpu", "cuda", "mps", "auto")  # as of fit
+    parser.add_argument("--accelerator", choices=accelerators, default="auto", help="default: auto")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object per line")
     form.add_argument("--csv", action="store_true", help="CSV with a header")
@@ -111,12 +112,12 @@ def _parser() -> NetParser:
 
 
 def _device(accelerator: str) -> torch.device:
-    if accelerator != "cpu":
-        for name, available in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
-            if available:
-                return torch.device(name)
-    if accelerator == "gpu":
-        raise UserError("--accelerator gpu: torch finds no GPU; use --accelerator cpu")
+    for name, available in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+        if available and accelerator in ("gpu", "auto", name):
+            return torch.device(name, 0)
+    if accelerator not in ("cpu", "auto"):
+        kind = "" if accelerator == "gpu" else " of that kind"
+        raise UserError(f"--accelerator {accelerator}: torch finds no GPU{kind}; use --accelerator cpu")
     return torch.device("cpu")
 
 

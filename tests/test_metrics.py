@@ -13,12 +13,8 @@ from lit_cifar.results import metrics
 from lit_cifar.results.metrics import (
     NUM_BINS,
     NUM_MISTAKES,
-    Calibration,
     Mistakes,
-    SummedCalibration,
     Tally,
-    WorstMistakes,
-    _add,
 )
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -32,17 +28,17 @@ def batches(size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     yield from zip(PROBABILITIES.split(size), IMAGES.split(size), LABELS.split(size), strict=True)
 
 
-def calibrate(size: int) -> Calibration:
-    metric = SummedCalibration()
-    for probabilities, _, labels in batches(size):
-        metric.update(probabilities, labels)
-    return Calibration.of(*metric.compute())
+def tallied(size: int) -> Tally:
+    tally = Tally(NUM_CLASSES)
+    for probabilities, images, labels in batches(size):
+        tally.update(probabilities.log(), images, labels)
+    return tally
 
 
 @pytest.mark.parametrize("size", [1, 64, NUM_IMAGES])
 def test_the_calibration_error_is_torchmetrics(size: int) -> None:
     reference = MulticlassCalibrationError(NUM_CLASSES, n_bins=NUM_BINS)(PROBABILITIES, LABELS)
-    calibration = calibrate(size)
+    calibration = tallied(size).take()[2]
     assert calibration.error == pytest.approx(float(reference), abs=1e-6)
     assert calibration.num_images.sum() == NUM_IMAGES
     assert calibration.num_correct.sum() == (PROBABILITIES.argmax(1) == LABELS).sum()
@@ -50,16 +46,13 @@ def test_the_calibration_error_is_torchmetrics(size: int) -> None:
 
 def test_a_net_that_is_always_sure_and_right_or_wrong_has_error_0_or_1() -> None:
     for labels, error in (([0, 1], 0.0), ([1, 0], 1.0)):
-        metric = SummedCalibration()
-        metric.update(torch.eye(2), torch.tensor(labels))
-        assert Calibration.of(*metric.compute()).error == error
+        tally = Tally(2)
+        tally.update(torch.eye(2).log(), IMAGES[:2], torch.tensor(labels))
+        assert tally.take()[2].error == error
 
 
 def worst(size: int) -> Mistakes:
-    metric = WorstMistakes()
-    for probabilities, images, labels in batches(size):
-        metric.update(probabilities, images, labels)
-    return Mistakes.of(*metric.compute())
+    return tallied(size).take()[3]
 
 
 @pytest.mark.parametrize("size", [1, 64, NUM_IMAGES])
@@ -78,29 +71,42 @@ def test_the_worst_mistakes_are_those_that_sorting_all_gives(size: int) -> None:
 def test_fewer_mistakes_than_there_is_room_for_are_all_there_is(num_wrong: int) -> None:
     labels = PROBABILITIES.argmax(1)[:20].clone()
     labels[:num_wrong] = (labels[:num_wrong] + 1) % NUM_CLASSES
-    metric = WorstMistakes()
-    metric.update(PROBABILITIES[:20], IMAGES[:20], labels)
-    metric.update(PROBABILITIES[:0], IMAGES[:0], labels[:0])  # a rank's empty share
-    mistakes = Mistakes.of(*metric.compute())
+    tally = Tally(NUM_CLASSES)
+    tally.update(PROBABILITIES[:20].log(), IMAGES[:20], labels)
+    tally.update(PROBABILITIES[:0].log(), IMAGES[:0], labels[:0])  # a rank's empty share
+    mistakes = tally.take()[3]
     assert mistakes.images.shape == (num_wrong, 3, 32, 32)
     assert len(mistakes.labels) == len(mistakes.predictions) == len(mistakes.confidences) == num_wrong
 
 
+def joined(ranks: list[Tally]) -> Tally:
+    """The first, with what all counted, as torchmetrics joins ranks: states gathered, then each state's reduction."""
+    for own, *others in zip(*([tally.outcomes, tally.mistakes] for tally in ranks), strict=True):
+        for name, reduce in own._reductions.items():
+            states = [getattr(metric, name) for metric in (own, *others)]
+            if isinstance(states[0], list):
+                setattr(own, name, [reduce([part for state in states for part in state])])
+            else:
+                setattr(own, name, reduce(torch.stack(states)))
+    return ranks[0]
+
+
+@pytest.mark.parametrize("size", [1, 64, NUM_IMAGES])
+def test_the_loss_is_the_mean_in_float64_whatever_the_batches(size: int) -> None:
+    losses = torch.nn.functional.cross_entropy(PROBABILITIES.log(), LABELS, reduction="none")
+    assert tallied(size).take()[1] == pytest.approx(float(losses.double().mean()), rel=1e-7)
+
+
 def test_ranks_join_to_what_one_would_have_counted() -> None:
-    """As torchmetrics joins them: states gathered, then each state's own reduction."""
-
-    def joined(metrics: list[Metric]) -> Metric:
-        for name, reduce in metrics[0]._reductions.items():
-            assert reduce is not None
-            setattr(metrics[0], name, reduce(torch.stack([getattr(metric, name) for metric in metrics])))
-        return metrics[0]
-
-    calibrations, mistakes = [SummedCalibration() for _ in range(3)], [WorstMistakes() for _ in range(3)]
-    for rank in range(3):
-        calibrations[rank].update(PROBABILITIES[rank::3], LABELS[rank::3])
-        mistakes[rank].update(PROBABILITIES[rank::3], IMAGES[rank::3], LABELS[rank::3])
-    assert Calibration.of(*joined(list(calibrations)).compute()).error == pytest.approx(calibrate(64).error, abs=1e-12)
-    assert torch.equal(Mistakes.of(*joined(list(mistakes)).compute()).images, worst(64).images)
+    tallies = [Tally(NUM_CLASSES) for _ in range(3)]
+    for rank, tally in enumerate(tallies):
+        tally.update(PROBABILITIES[rank::3].log(), IMAGES[rank::3], LABELS[rank::3])
+    confusion, loss, calibration, mistakes = joined(tallies).take()
+    expected, expected_loss, expected_calibration, expected_mistakes = tallied(64).take()
+    assert torch.equal(confusion, expected)
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    assert calibration.error == pytest.approx(expected_calibration.error, abs=1e-12)
+    assert torch.equal(mistakes.images, expected_mistakes.images)
 
 
 def test_a_tally_counts_as_its_metrics_do_and_starts_again_once_taken() -> None:
@@ -113,7 +119,7 @@ def test_a_tally_counts_as_its_metrics_do_and_starts_again_once_taken() -> None:
         assert confusion.sum() == NUM_IMAGES
         assert confusion.diag().sum() == (logits.argmax(1) == LABELS).sum()
         assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits.double(), LABELS)), rel=1e-6)
-        assert calibration.error == pytest.approx(calibrate(64).error, abs=1e-6)
+        assert calibration.error == pytest.approx(tallied(64).take()[2].error, abs=1e-6)
         assert torch.equal(mistakes.images, worst(64).images)
 
 
@@ -169,18 +175,6 @@ def test_a_tally_moves_with_its_module_and_is_not_in_a_checkpoint() -> None:
     metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
     states = [state for metric in metrics for name in metric._defaults for state in (getattr(metric, name),)]
     states = [tensor for state in states for tensor in (state if isinstance(state, list) else [state])]
-    assert len(metrics) == 4
+    assert len(metrics) == 2
     assert {state.device.type for state in states} == {"meta"}
     assert torch.bfloat16 not in {state.dtype for state in states}
-
-
-def test_sums_in_float32_lose_nothing_that_matters() -> None:
-    # as on mps, which has no float64; the losses of 1.3 million images in batches of 500
-    losses = 5 * torch.rand(2600, 500, generator=torch.Generator().manual_seed(0))
-    sums, naive = torch.zeros(2), torch.zeros(())
-    for batch in losses:
-        sums = _add(sums, batch.sum())
-        naive += batch.sum()
-    exact = float(losses.double().sum())
-    assert float(sums.double().sum()) == pytest.approx(exact, rel=1e-7)
-    assert float(naive) != pytest.approx(exact, rel=1e-7), "the sums are long enough to show a difference"

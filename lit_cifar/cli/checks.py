@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -56,6 +57,23 @@ def check_ranges(settings: Any) -> None:
             raise UserError(
                 f"--trainer.min_{what} {least} is more than --trainer.max_{what} {most}: change one of them"
             )
+
+
+def check_mps(settings: Any) -> None:
+    """Checks the Trainer's settings on a Mac, where they choose Apple's GPU.
+
+    Raises:
+        UserError: they want something of it that it has not.
+    """
+    if not MPSAccelerator.is_available() or settings["accelerator"] not in ("auto", "gpu", "mps"):
+        return
+    way_out = "leave it out, or add --accelerator cpu"
+    if str(settings["devices"]) not in ("1", "auto", "-1", "[0]"):
+        raise UserError(f"--devices {settings['devices']}: Apple's GPU is one device: {way_out}")
+    if int(settings["num_nodes"]) > 1:
+        raise UserError(f"--num_nodes {settings['num_nodes']}: Apple's GPU trains in one process: {way_out}")
+    if str(settings["precision"]) in ("64", "64-true"):
+        raise UserError(f"--precision {settings['precision']}: Apple's GPU has no float64: {way_out}")
 
 
 def check_port() -> None:

@@ -240,6 +240,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init["trainer"]
         checks.check_ranges(config)
+        checks.check_mps(config)
         has_bar = checks.check_bars(config, _as_list(config["callbacks"]))
         overrides: dict[str, Any] = {}
         if config["enable_progress_bar"] is None:

@@ -236,8 +236,10 @@ class LitClassifier(LightningModule):
         report = self.reports[stage] = Report(confusion, loss, self.classes, calibration, mistakes)
         prefix = "test_without_tta" if stage == "plain" else stage
         scalars = {f"{prefix}/{name}": value for name, value in report.scalars().items()}
+        # Lightning would move each number to the device, and back for whoever reads it; only ranks exchange them there
+        values = torch.tensor(list(scalars.values())).to(self.device if self.trainer.world_size > 1 else "cpu")
         # every rank has the same values: max is exact where Lightning's mean over ranks would round
-        self.log_dict(scalars, logger=False, sync_dist=True, reduce_fx="max")
+        self.log_dict(dict(zip(scalars, values.unbind(), strict=True)), logger=False, sync_dist=True, reduce_fx="max")
         for logger in self.loggers:
             logger.log_metrics(scalars, step=self.trainer.global_step)
 

@@ -72,7 +72,7 @@ def orthogonalise(matrices: Tensor, num_iterations: int = 3) -> Tensor:
     transposed = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if transposed else matrices
     # the Frobenius norm bounds the largest singular value; the smallest positive number keeps a zero matrix zero
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
     if x.is_cuda:
         x = x.bfloat16()
     for _ in range(num_iterations):

@@ -1,5 +1,6 @@
 """What is counted while a net is evaluated, summed or joined over ranks. report.py words it, pictures.py draws it."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,100 +16,71 @@ MOST_DENSE = 2000  # classes up to which a confusion matrix is dense: 32 MB
 
 
 class _Exact(Metric):
-    """A metric that moves to its module's device and keeps its numbers' types, whatever the weights become.
-
-    Sums are pairs of what was added and what rounding left out (see `_add`): float64, or float32 on Apple's mps, which
-    has no float64.
-    """
+    """A metric that moves to its module's device and keeps its numbers' types, whatever the weights become."""
 
     full_state_update = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         # torchmetrics' own guard knows half() and its like, not to(dtype), with which --precision bf16-true converts
-        def move(tensor: Tensor) -> Tensor:
-            to_mps = fn(torch.empty(0, dtype=torch.uint8, device=tensor.device)).device.type == "mps"
-            kept = torch.float32 if to_mps and tensor.dtype == torch.float64 else tensor.dtype
-            return fn(tensor.to(kept)).to(kept)
-
-        return super()._apply(move, exclude_state)
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
 
 
-def _add(sums: Tensor, addends: Tensor) -> Tensor:
-    """Sums (2, ...), a total and what its rounding left out, after adding (...); D. Knuth's TwoSum (TAOCP 2, 4.2.2).
+class Outcomes(_Exact):
+    """What became of each image of all ranks: its true and predicted class, its loss, the net's confidence.
 
-    1.3 million float32 losses in batches of 500 so come within 1e-7 of their sum in float64.
-    """
-    total, left_out = sums
-    addends = addends.to(sums.dtype)
-    new = total + addends
-    added = new - total
-    return torch.stack([new, left_out + ((total - (new - added)) + (addends - added))])
-
-
-class Pairs(_Exact):
-    """The pair of true and predicted class of each image of all ranks, from which the confusion matrix is counted.
-
-    8 bytes an image, where an image has 3,072: torchmetrics' MulticlassConfusionMatrix counts the same, but in K x K
-    numbers, which it holds four times; with 10,000 classes that is 3 GB.
+    They are kept as they come, 16 bytes an image, where an image has 3,072; the CPU counts and sums them once, in
+    integers and float64. Apple's mps has no float64, and sums in float32 would drift. torchmetrics'
+    MulticlassConfusionMatrix counts the same, but waits for a GPU in each batch (bincount), and holds K x K numbers
+    four times; with 10,000 classes that is 3 GB.
 
     Args:
         num_classes: number of classes K.
     """
 
     pairs: list[Tensor]
+    losses: list[Tensor]
+    confidences: list[Tensor]
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.add_state("pairs", [], dist_reduce_fx="cat")
+        for name in ("pairs", "losses", "confidences"):
+            self.add_state(name, [], dist_reduce_fx="cat")
 
-    def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Adds images by their predicted classes (B,) int64, K where there is none, and labels (B,)."""
+    def update(self, labels: Tensor, predictions: Tensor, losses: Tensor, confidences: Tensor) -> None:
+        """Adds images by labels (B,) int64, predicted classes (B,) int64, K where there is none, cross-entropies (B,)
+        float32, and confidences (B,) float32, 0 to 1, NaN where there is none."""
         self.pairs.append(labels * (self.num_classes + 1) + predictions)
+        self.losses.append(losses)
+        self.confidences.append(confidences)
 
-    def compute(self) -> Tensor:
-        """One number for each image, label * (K + 1) + prediction."""
-        return dim_zero_cat(self.pairs) if len(self.pairs) else torch.zeros(0, dtype=torch.int64, device=self.device)
-
-    @staticmethod
-    def counted(pairs: Tensor, num_classes: int) -> Tensor:
-        """The confusion matrix (K, K) int64 of what `compute` gave, on the CPU; rows true and columns predicted.
-
-        Where images have no prediction, a last column counts them: (K, K + 1). Above MOST_DENSE classes it is sparse.
-        """
-        found, counts = pairs.cpu().unique(return_counts=True)
-        rows, columns = found // (num_classes + 1), found % (num_classes + 1)
-        num_columns = num_classes + int(bool((columns == num_classes).any()))
-        confusion = torch.sparse_coo_tensor(
-            torch.stack([rows, columns]), counts, (num_classes, num_columns), check_invariants=True
-        )
-        return confusion.to_dense() if num_classes <= MOST_DENSE else confusion
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each image label * (K + 1) + prediction (N,) int64, loss and confidence (N,) float32, by ranks."""
+        if not len(self.pairs):
+            none = torch.zeros(0, device=self.device)
+            return none.long(), none, none
+        return dim_zero_cat(self.pairs), dim_zero_cat(self.losses), dim_zero_cat(self.confidences)
 
 
-class SummedLoss(_Exact):
-    """Mean cross-entropy over all images of all ranks: an exact sum and an integer count, divided last."""
+def count_confusion(pairs: Tensor, num_classes: int) -> Tensor:
+    """The confusion matrix (K, K) int64 of `Outcomes.compute`'s pairs, on the CPU; rows true and columns predicted.
 
-    total: Tensor
-    num_images: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds the losses of logits (B, K) for labels (B,)."""
-        losses = F.cross_entropy(logits.float(), labels, reduction="none")
-        self.total = _add(self.total, losses.to(self.total.dtype).sum())
-        self.num_images += len(labels)
-
-    def compute(self) -> Tensor:
-        return self.total.sum() / self.num_images
+    Where images have no prediction, a last column counts them: (K, K + 1). Above MOST_DENSE classes it is sparse.
+    """
+    found, counts = pairs.unique(return_counts=True)
+    rows, columns = found // (num_classes + 1), found % (num_classes + 1)
+    num_columns = num_classes + int(bool((columns == num_classes).any()))
+    confusion = torch.sparse_coo_tensor(
+        torch.stack([rows, columns]), counts, (num_classes, num_columns), check_invariants=True
+    )
+    return confusion.to_dense() if num_classes <= MOST_DENSE else confusion
 
 
 @dataclass(frozen=True)
 class Calibration:
     """How often the net is right at each confidence, in NUM_BINS equal bins of confidence from 0 to 1.
+
+    torchmetrics' MulticlassCalibrationError gives the same error, and has no bins to draw a diagram from.
 
     Args:
         num_images: (NUM_BINS,) int64, images whose confidence falls in each bin.
@@ -121,51 +93,22 @@ class Calibration:
     confidence: Tensor
 
     @classmethod
-    def of(cls, num_images: Tensor, num_correct: Tensor, confidence: Tensor) -> "Calibration":
-        """From what SummedCalibration computes."""
-        return cls(num_images.cpu(), num_correct.cpu(), confidence.cpu())
+    def of(cls, pairs: Tensor, confidences: Tensor, num_classes: int) -> "Calibration":
+        """From what Outcomes computes, on the CPU; an image without a confidence is left out."""
+        known = ~confidences.isnan()
+        pairs, confidences = pairs[known], confidences[known]
+        bins = (confidences * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+        right = pairs // (num_classes + 1) == pairs % (num_classes + 1)
+        return cls(
+            bins.bincount(minlength=NUM_BINS),
+            bins[right].bincount(minlength=NUM_BINS),
+            bins.bincount(confidences.double(), minlength=NUM_BINS),
+        )
 
     @property
     def error(self) -> float:
         """Expected calibration error, 0 to 1: the mean distance of accuracy and confidence, weighted by images."""
         return float((self.num_correct - self.confidence).abs().sum() / self.num_images.sum().clamp(min=1))
-
-
-class SummedCalibration(_Exact):
-    """Calibration over all images of all ranks.
-
-    torchmetrics' MulticlassCalibrationError gives the same error; it keeps each image's confidence and has no bins to
-    draw a diagram from.
-    """
-
-    num_images: Tensor
-    num_correct: Tensor
-    confidence: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, zeros in (
-            ("num_images", torch.zeros(NUM_BINS, dtype=torch.int64)),
-            ("num_correct", torch.zeros(NUM_BINS, dtype=torch.int64)),
-            ("confidence", torch.zeros(2, NUM_BINS, dtype=torch.float64)),
-        ):
-            self.add_state(name, zeros, dist_reduce_fx="sum")
-
-    def update(self, probabilities: Tensor, labels: Tensor) -> None:
-        """Adds images by their probabilities (B, K), 0 to 1, and labels (B,); an image with NaN is left out."""
-        confidence, predictions = probabilities.max(1)
-        known = ~confidence.isnan()
-        confidence = torch.where(known, confidence, 0.0)
-        bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-        # scatter_add_, because mps has no index_add_ of integers up to torch 2.8
-        self.num_images.scatter_add_(0, bins, known.long())
-        self.num_correct.scatter_add_(0, bins, (known & (predictions == labels)).long())
-        sums = torch.zeros(NUM_BINS, dtype=self.confidence.dtype, device=bins.device)
-        self.confidence = _add(self.confidence, sums.scatter_add_(0, bins, confidence.to(sums.dtype)))
-
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The fields of Calibration. Metric.compute takes no frozen dataclass."""
-        return self.num_images, self.num_correct, self.confidence.sum(0)
 
 
 @dataclass(frozen=True)
@@ -187,8 +130,9 @@ class Mistakes:
     @classmethod
     def of(cls, images: Tensor, labels: Tensor, predictions: Tensor, confidences: Tensor) -> "Mistakes":
         """From what WorstMistakes computes."""
+        images, labels, predictions, confidences = images.cpu(), labels.cpu(), predictions.cpu(), confidences.cpu()
         real = confidences >= 0
-        return cls(images[real].cpu(), labels[real].cpu(), predictions[real].cpu(), confidences[real].cpu())
+        return cls(images[real], labels[real], predictions[real], confidences[real])
 
 
 def _join_ranks(state: Tensor) -> Tensor:
@@ -214,12 +158,10 @@ class WorstMistakes(_Exact):
             state = torch.full((NUM_MISTAKES, *shape), empty, dtype=dtype)
             self.add_state(name, state, dist_reduce_fx=_join_ranks)
 
-    def update(self, probabilities: Tensor, images: Tensor, labels: Tensor) -> None:
-        """Takes in images (B, 3, 32, 32) uint8 with their probabilities (B, K), 0 to 1, and labels (B,).
-
-        An image with NaN is left out.
+    def update(self, images: Tensor, labels: Tensor, predictions: Tensor, confidences: Tensor) -> None:
+        """Takes in images (B, 3, 32, 32) uint8 with their labels and predicted classes (B,) int64, and confidences (B,)
+        float32, 0 to 1; an image whose confidence is NaN is left out.
         """
-        confidences, predictions = probabilities.max(1)
         confidences = torch.where((predictions == labels) | confidences.isnan(), -1.0, confidences)
         confidences, new = confidences.topk(min(NUM_MISTAKES, len(labels)))
         self.images, self.labels, self.predictions, self.confidences = self._worst(
@@ -243,7 +185,8 @@ class WorstMistakes(_Exact):
 class Tally(nn.Module):
     """All that is counted in one stage of evaluation: confusion matrix, loss, calibration and worst mistakes.
 
-    The counts move with the module that holds the tally, and are not in its state_dict.
+    The counts move with the module that holds the tally, and are not in its state_dict. Nothing waits for the device
+    before `take`.
 
     Args:
         num_classes: number of classes K.
@@ -252,22 +195,23 @@ class Tally(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.confusion = Pairs(num_classes)
-        self.loss = SummedLoss()
-        self.calibration = SummedCalibration()
+        self.outcomes = Outcomes(num_classes)
         self.mistakes = WorstMistakes()
 
+    @torch.no_grad()
     def update(self, logits: Tensor, images: Tensor, labels: Tensor) -> None:
         """Counts images (B, 3, 32, 32) uint8 by their logits (B, K), of any float dtype, and labels (B,) int64.
 
         Where logits hold NaN or infinity they predict no class.
         """
-        probabilities = logits.float().softmax(1)
+        logits = logits.float()
+        probabilities = logits.softmax(1)
         undecided = probabilities[:, 0].isnan()  # softmax makes all of a row NaN, or nothing
-        self.confusion.update(torch.where(undecided, self.num_classes, logits.argmax(1)), labels)
-        self.loss.update(logits, labels)
-        self.calibration.update(probabilities, labels)
-        self.mistakes.update(probabilities, images, labels)
+        predictions = torch.where(undecided, self.num_classes, logits.argmax(1))
+        confidences = torch.where(undecided, math.nan, probabilities.amax(1))
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        self.outcomes.update(labels, predictions, losses, confidences)
+        self.mistakes.update(images, labels, predictions, confidences)
 
     def take(self) -> tuple[Tensor, float, Calibration, Mistakes]:
         """What was counted on all ranks, for a Report; counting starts again from nothing.
@@ -275,15 +219,16 @@ class Tally(nn.Module):
         Every rank must call it at once, and each gets the same.
 
         Returns:
-            The confusion matrix, as Pairs.counted gives it; the mean cross-entropy, NaN where a logit is; the
+            The confusion matrix, as count_confusion gives it; the mean cross-entropy, NaN where a logit is; the
             calibration; the worst mistakes. All tensors are on the CPU.
         """
+        pairs, losses, confidences = (values.cpu() for values in self.outcomes.compute())
         taken = (
-            Pairs.counted(self.confusion.compute(), self.num_classes),
-            self.loss.compute().item(),
-            Calibration.of(*self.calibration.compute()),
+            count_confusion(pairs, self.num_classes),
+            float(losses.double().mean()),
+            Calibration.of(pairs, confidences, self.num_classes),
             Mistakes.of(*self.mistakes.compute()),
         )
-        for metric in (self.confusion, self.loss, self.calibration, self.mistakes):
+        for metric in (self.outcomes, self.mistakes):
             metric.reset()
         return taken

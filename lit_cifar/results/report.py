@@ -21,7 +21,7 @@ from torch import Tensor
 import lit_cifar
 from lit_cifar import log
 from lit_cifar.files import write_durably
-from lit_cifar.results.metrics import NUM_BINS, Calibration, Mistakes, Pairs
+from lit_cifar.results.metrics import NUM_BINS, Calibration, Mistakes, count_confusion
 from lit_cifar.text import printable
 
 try:
@@ -58,7 +58,7 @@ class Report:
         """The report of a stage in which no image was looked at."""
         none, no_images = torch.zeros(NUM_BINS, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         mistakes = Mistakes(no_images.new_zeros((0, 3, 32, 32)).byte(), no_images, no_images, no_images.float())
-        confusion = Pairs.counted(no_images, len(classes))
+        confusion = count_confusion(no_images, len(classes))
         return cls(confusion, math.nan, classes, Calibration(none, none, none.double()), mistakes)
 
     @functools.cached_property

@@ -223,6 +223,9 @@ def _is_random_state(state: Any) -> bool:
         torch.Generator().set_state(state["cpu"])
     except (TypeError, KeyError, RuntimeError):
         return False
+    mps = state.get("mps", GPU_RANDOM_STATE)  # whose length is a matter of torch's version
+    if not (isinstance(mps, torch.Tensor) and mps.ndim == 1 and mps.dtype == torch.uint8):
+        return False
     gpu = state.get("cuda", GPU_RANDOM_STATE)
     # CUDA's is a seed and an offset of 8 bytes each, and the offset a multiple of 4
     return first_mismatch(gpu, GPU_RANDOM_STATE) is None and gpu.dtype == torch.uint8 and int(gpu[8]) % 4 == 0

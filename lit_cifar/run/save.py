@@ -281,13 +281,16 @@ class Checkpoints(Checkpoint):
         self.best_step = state_dict.get("best_step")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        for name, weight in checkpoint["state_dict"].items():
-            if weight.is_floating_point() and not bool(weight.isfinite().all()):
-                last = self.run.checkpoint("last") if self.run else None
-                way_on = f"go on from {last} with --resume and" if last and last.is_file() else "start anew with"
-                raise DivergedError(
-                    f"step {trainer.global_step}: {name} is not finite, so nothing is saved: {way_on} a smaller --lr"
-                )
+        weights = {name: weight for name, weight in checkpoint["state_dict"].items() if weight.is_floating_point()}
+        finite = [weight.isfinite().all() for weight in weights.values()]
+        if not finite or bool(torch.stack(finite).all()):  # one wait for the device, not one for each weight
+            return
+        name = next(name for name, is_finite in zip(weights, finite, strict=True) if not is_finite)
+        last = self.run.checkpoint("last") if self.run else None
+        way_on = f"go on from {last} with --resume and" if last and last.is_file() else "start anew with"
+        raise DivergedError(
+            f"step {trainer.global_step}: {name} is not finite, so nothing is saved: {way_on} a smaller --lr"
+        )
 
 
 def _is_ended(trainer: Trainer) -> bool:
@@ -326,15 +329,20 @@ def keep(path: Path, num_kept: int) -> None:
 
 
 def get_random_state() -> dict[str, Any]:
-    """torch's random state on the CPU and the current GPU, which nets with dropout draw from."""
+    """torch's random state on the CPU and on the current GPU or Apple's mps, which nets with dropout draw from."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restores what `get_random_state` gave."""
+    """Restores what `get_random_state` gave; of a device that this machine has not, or that another version of torch
+    described, nothing can be restored."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available() and len(state["mps"]) == len(torch.mps.get_rng_state()):
+        torch.mps.set_rng_state(state["mps"])

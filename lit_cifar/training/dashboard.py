@@ -59,7 +59,8 @@ class Dashboard(Callback):
                 warnings.simplefilter("ignore")  # of the tracer, about branches it cannot see
                 # torch's tracer would walk from LitClassifier into the Trainer
                 classifier = Classifier(pl_module.net, pl_module.mean, pl_module.std)
-                writer.add_graph(classifier, pl_module.example_input_array)
+                images = pl_module.example_input_array.to(pl_module.device)  # type: ignore[union-attr]
+                writer.add_graph(classifier, images)
         except Exception as error:  # a net that cannot be traced trains all the same
             write(trainer, f"TensorBoard has no graph of this net: {str(error).splitlines()[0]}")
         pl_module.net.train(training)
