@@ -164,6 +164,10 @@ class Device(TorchDispatchMode):
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.removeprefix("aten::")
+        if name in ("pin_memory", "_pin_memory"):  # the driver would be asked
+            pinned = args[0].clone()
+            pinned.is_pretended_pinned = True
+            return pinned
         tensors: list[Tensor] = []
         tree_map(lambda value: tensors.append(value) if isinstance(value, Tensor) else None, (args, kwargs))
         is_ours = any(isinstance(tensor, Pretended) for tensor in tensors)
@@ -204,7 +208,8 @@ class Device(TorchDispatchMode):
         elif is_ours:
             self.note("d2h", "_to_copy")
         else:
-            self.note("h2d" if tensor.dim() else "h2d scalar", "_to_copy")
+            asynchronous = kwargs.get("non_blocking") and hasattr(tensor, "is_pretended_pinned")
+            self.note("h2d async" if asynchronous else "h2d" if tensor.dim() else "h2d scalar", "_to_copy")
         rest = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory", "non_blocking")}
         result = torch.ops.aten._to_copy.default(_unwrapped(tensor), **rest)
         return self._wrapped(result) if stays or to_us else result

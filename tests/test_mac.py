@@ -5,6 +5,7 @@ What pretend.py emulates, and what it does not, stands at its head.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,9 @@ import lit_cifar.test
 from lit_cifar.cli.machine import explained
 from lit_cifar.results import metrics
 from lit_cifar.results.metrics import Tally
-from lit_cifar.run.save import get_random_state
+from lit_cifar.run.read import _is_random_state
+from lit_cifar.run.save import get_random_state, set_random_state
+from lit_cifar.training.progress import Progress
 
 SHORT = ["--dataset", "shapes", "--batch_size", "8", "--data.eval_batch_size", "40", "--max_epochs", "1"]
 FEW = ["--trainer.limit_train_batches", "3", "--trainer.limit_test_batches", "2"]
@@ -70,7 +73,7 @@ class Dropping(nn.Sequential):
 
 def test_a_resumed_run_draws_on_from_the_devices_random_state() -> None:
     flags = [*SHORT, "--model.net", "test_mac.Dropping", "--trust", "true", *FEW[2:]]
-    with pretended("mps") as device:
+    with pretended("mps", before_2_9=True) as device:
         lit_cifar.fit.main([*flags, "--trainer.max_steps", "6"])
         lit_cifar.fit.main([*flags, "--trainer.max_steps", "3"])
         assert device.offset, "dropout draws on the device"
@@ -92,6 +95,17 @@ def test_a_run_moves_between_devices() -> None:
         assert "mps" in get_random_state()
     lit_cifar.fit.main([*resume, "4", "--accelerator", "cpu"])
     assert results("version_0")["num_steps"] == 4
+
+
+def test_a_random_state_of_another_torch_is_passed_over_and_a_spoilt_one_refused() -> None:
+    with pretended("mps") as device:
+        state = get_random_state()
+        torch.mps.manual_seed(7)
+        set_random_state({**state, "mps": torch.zeros(36, dtype=torch.uint8)})  # torch 2.8's has no offset
+        assert device.seed == 7
+        assert _is_random_state(state)
+        for spoilt in ("text", torch.zeros(44), torch.zeros(2, 22, dtype=torch.uint8)):
+            assert not _is_random_state({**state, "mps": spoilt})
 
 
 class Inline:
@@ -179,8 +193,10 @@ def test_a_precision_trains_on_mps(precision: str) -> None:
     assert results("version_0")["num_test"] == 80
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_transform_of_ones_own_works_beside_mps(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_workers", "accelerator"), [(0, "gpu"), (2, "mps")])
+def test_a_transform_of_ones_own_works_beside_mps(
+    num_workers: int, accelerator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pinned: list[bool] = []
     loader = torch.utils.data.DataLoader.__init__
 
@@ -190,8 +206,9 @@ def test_a_transform_of_ones_own_works_beside_mps(num_workers: int, monkeypatch:
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", noted)
     flags = ["--data.transform", "[torchvision.transforms.v2.RandomHorizontalFlip]", "--data.num_workers"]
-    with pretended("mps"):
-        lit_cifar.fit.main([*SHORT, *FEW, *flags, str(num_workers)])
+    with pretended("mps") as device:
+        lit_cifar.fit.main([*SHORT, *FEW, *flags, str(num_workers), "--accelerator", accelerator])
+    assert device.launches
     assert pinned == [False], "pinned memory is CUDA's"
 
 
@@ -226,6 +243,16 @@ def test_sums_over_a_million_images_are_those_of_float64(spread: float, num_rank
     assert torch.equal(confusion, MulticlassConfusionMatrix(num_classes)(logits, labels))
     assert int(calibration.num_images.sum()) == num_images
     assert int(calibration.num_correct.sum()) == int((logits.argmax(1) == labels).sum())
+
+
+def test_the_running_loss_is_summed_in_float64() -> None:
+    progress, losses = Progress(), torch.full((2000,), 2.3025851)
+    strategy = SimpleNamespace(reduce=lambda total, reduce_op: total)
+    trainer: Any = SimpleNamespace(strategy=strategy, world_size=1, accumulate_grad_batches=1)
+    with pretended("mps"):
+        progress._losses = list(losses.to("mps:0"))
+        progress._collect(trainer, batch_idx=1999)
+    assert progress._logged == [pytest.approx(float(losses.double().sum()), rel=1e-12), 2000]
 
 
 def test_more_classes_than_a_dense_matrix_is_for_are_counted_beside_mps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ class Progress(Callback):
         if not self._losses:
             return
         losses, self._losses = torch.stack(self._losses), []
-        precise = losses if losses.device.type == "mps" else losses.double()  # mps has no float64
+        precise = (losses.cpu() if losses.device.type == "mps" else losses).double()  # mps has no float64
         total = float(trainer.strategy.reduce(precise.sum(), reduce_op="sum")) / trainer.world_size
         # by which Lightning has divided the loss of each batch; the same for all, since an epoch's end sums too
         total *= trainer.accumulate_grad_batches
