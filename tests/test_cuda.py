@@ -16,11 +16,12 @@ import lit_cifar.fit
 import lit_cifar.test
 from lit_cifar.data import loader
 from lit_cifar.data.datamodule import CIFAR10DataModule
+from lit_cifar.model import module
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.save import Checkpoints
 from lit_cifar.training.loop import LeanEpochLoop
 
-SHORT = ["--dataset", "shapes", "--batch_size", "8", "--data.eval_batch_size", "40", "--max_epochs", "1"]
+SHORT = ["--dataset", "shapes", "--batch_size", "8", "--data.eval_batch_size", "10", "--max_epochs", "1"]
 FEW = ["--trainer.limit_train_batches", "9", "--trainer.limit_test_batches", "2"]
 # launched in a steady step, with a margin of 5 % for torch's versions: 44, 208, 277, 277 and 389 on 2026-11-26
 MOST_OPERATORS = {"tutorial": 46, "resnet18": 218, "speedrun94": 290, "speedrun95": 290, "speedrun96": 408}
@@ -31,8 +32,9 @@ Calls = list[tuple[int, Waits]]  # of a method: operators that it launched, and 
 
 
 @pytest.fixture(autouse=True)
-def _graph_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's tracer goes past the pretence: in place of its graph, TensorBoard gets a forward pass."""
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few images are whitened; torch's tracer goes past the pretence: TensorBoard's graph becomes a forward pass."""
+    monkeypatch.setattr(module, "NUM_FIRST_IMAGES", 100)
     monkeypatch.setattr(SummaryWriter, "add_graph", lambda writer, net, images: net(images))
 
 
@@ -85,7 +87,7 @@ def test_validation_resume_and_test_leave_nothing_on_another_device() -> None:
         lit_cifar.fit.main([*flags, *augment, *colours])
         lit_cifar.fit.main([*flags, *augment, *colours, "--trainer.max_steps", "5"])
         lit_cifar.fit.main(["--resume", "lightning_logs/version_1", "--trainer.max_steps", "9"])
-        lit_cifar.test.main(["--ckpt_path", "lightning_logs/version_1/checkpoints/last.ckpt"])
+        lit_cifar.test.main(["--ckpt_path", "lightning_logs/version_1/checkpoints/last.ckpt", *FEW[2:]])
     assert device.launches
     once, resumed = weights("version_0"), weights("version_1")
     assert all(torch.equal(weight, resumed[name]) for name, weight in once.items())

@@ -24,13 +24,14 @@ import lit_cifar.fit
 import lit_cifar.predict
 import lit_cifar.test
 from lit_cifar.cli.machine import explained
+from lit_cifar.model import module
 from lit_cifar.results import metrics
 from lit_cifar.results.metrics import Tally
 from lit_cifar.run.read import _is_random_state
 from lit_cifar.run.save import get_random_state, set_random_state
 from lit_cifar.training.progress import Progress
 
-SHORT = ["--dataset", "shapes", "--batch_size", "8", "--data.eval_batch_size", "40", "--max_epochs", "1"]
+SHORT = ["--dataset", "shapes", "--batch_size", "8", "--data.eval_batch_size", "10", "--max_epochs", "1"]
 FEW = ["--trainer.limit_train_batches", "3", "--trainer.limit_test_batches", "2"]
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "speedrun95", "speedrun96")]
 RECIPES = ["tutorial", "speedrun94", *SLOW]
@@ -38,8 +39,9 @@ CHECKPOINT = "lightning_logs/version_0/checkpoints/last.ckpt"
 
 
 @pytest.fixture(autouse=True)
-def _graph_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's tracer goes past the pretence: in place of its graph, TensorBoard gets a forward pass."""
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few images are whitened; torch's tracer goes past the pretence: TensorBoard's graph becomes a forward pass."""
+    monkeypatch.setattr(module, "NUM_FIRST_IMAGES", 100)
     monkeypatch.setattr(SummaryWriter, "add_graph", lambda writer, net, images: net(images))
 
 
@@ -61,7 +63,7 @@ def test_a_recipe_trains_and_tests_on_mps(name: str, before_2_9: bool, capsys: p
     tested = json.loads(Path("lightning_logs/version_0/test-last.json").read_text())
     for key in ("num_test", "confusion_matrix", "loss", "calibration_error"):
         assert results("version_0")[key] == tested[key]
-    assert tested["num_test"] == 80
+    assert tested["num_test"] == 20
 
 
 class Dropping(nn.Sequential):
@@ -190,7 +192,7 @@ def test_a_precision_trains_on_mps(precision: str) -> None:
     with pretended("mps", before_2_9=True) as device:
         lit_cifar.fit.main([*SHORT, *FEW, "--precision", precision])
     assert not device.without_mps
-    assert results("version_0")["num_test"] == 80
+    assert results("version_0")["num_test"] == 20
 
 
 @pytest.mark.parametrize(("num_workers", "accelerator"), [(0, "gpu"), (2, "mps")])
