@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from lit_cifar import clock
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model import steps
@@ -145,12 +146,14 @@ class LitClassifier(LightningModule):
         if stage == "fit" and callable(init_from_images):  # a resumed run's checkpoint is loaded after it
             images = data_of(self.trainer).train.images
             images = images[:: max(1, len(images) // NUM_FIRST_IMAGES)]
-            init_from_images(normalise(images.to(self.mean.device), self.mean, self.std))
+            with clock.timed("whitening", self.mean.device):
+                init_from_images(normalise(images.to(self.mean.device), self.mean, self.std))
         if stage == "fit" and self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
             # so that statistics are those of the whole batch, as on one device; not available on the CPU
             self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
         if self.compile_net:
-            self.net.compile()
+            with clock.timed("compile", self.mean.device):
+                self.net.compile()
             self.compile_net = False  # once: setup comes again before the test
 
     def set_classes(self, classes: tuple[str, ...]) -> None:

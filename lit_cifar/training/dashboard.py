@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
+from lit_cifar import clock
 from lit_cifar.model.classifier import Classifier
 from lit_cifar.model.data import data_of
 from lit_cifar.model.module import LitClassifier
@@ -55,7 +56,7 @@ class Dashboard(Callback):
         training = pl_module.net.training
         pl_module.net.eval()
         try:
-            with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
+            with clock.timed("graph"), torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the tracer, about branches it cannot see
                 # torch's tracer would walk from LitClassifier into the Trainer
                 classifier = Classifier(pl_module.net, pl_module.mean, pl_module.std)
