@@ -2,6 +2,7 @@
 kernels on a pretended GPU."""
 
 import os
+import pickle
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 import lit_cifar.fit
 import lit_cifar.test
 from lit_cifar.model import kernels
+from lit_cifar.model.check import unchanged
 from lit_cifar.nets import Net
 from lit_cifar.run.stop import Stopped
 
-SPEEDNET = ["--model.net", "lit_cifar.nets.SpeedNet", "--model.net.widths", "[8,8,8]"]
-# 1,500 images make three batches of 400 and one of 300
-FEW = [*SHAPES, "--batch_size", "400", "--data.num_val", "8500", "--data.eval_batch_size", "300", "--compile", "true"]
+# 1,500 images make seven batches of 200, which the loader makes two by two, and one of 100
+FEW = [*SHAPES, "--batch_size", "200", "--data.num_val", "8500", "--data.eval_batch_size", "300", "--compile", "true"]
 FEW += ["--trainer.limit_val_batches", "1"]
 
 
@@ -75,24 +76,39 @@ class Counts(Callback):
         self.note("after the test")
 
 
+@pytest.mark.filterwarnings("ignore:Found 1 module")  # Lightning's, of what is frozen
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])
 def test_all_graphs_are_compiled_before_the_first_step(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BACKEND", Graphs())
     monkeypatch.setattr(Counts, "seen", {})
-    flags = ["--model.sides", "[16,20,24,32]", "--model.tta", "mirror_shift", "--precision", "bf16-mixed"]
+    flags = ["--model.net", "test_compile.Restless", "--model.sides", "[16,20,24,32]", "--model.tta", "mirror_shift"]
+    flags += ["--precision", "bf16-mixed"]
     flags += ["--trainer.callbacks+=test_compile.Counts", "--max_epochs", "1", "--strategy", strategy]
     try:
-        lit_cifar.fit.main([*FEW, *SPEEDNET, *flags])
+        lit_cifar.fit.main([*FEW, *flags])
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     graphs, runs = ({when: counts[i] for when, counts in Counts.seen.items()} for i in (0, 1))
     # four sides of two sizes, and one size of validation: more than torch keeps by itself
     assert graphs["before the first step"] == graphs["after the last step"] == 9
-    assert runs["after the last step"] - runs["before the first step"] == 4 + 6, "steps, views of a validation batch"
+    assert runs["after the last step"] - runs["before the first step"] == 8 + 6, "steps, views of a validation batch"
     # 2,000 images make five batches of 286 and two of 285; in inference mode validation's graphs do not fit
     assert graphs["before the test's first batch"] == graphs["after the test"] == 11
     assert runs["after the test"] - runs["before the test's first batch"] == 7 * 6
+
+
+def test_a_script_compiles_for_its_validation_alone_and_can_pickle_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "BACKEND", Graphs())
+    module = lit_cifar.LitClassifier(Net(), compile=True)
+    data = lit_cifar.CIFAR10DataModule(dataset="shapes", num_val=1000, eval_batch_size=250)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.validate(module, data, verbose=False)
+    assert (kernels.BACKEND.num_graphs, kernels.BACKEND.num_runs) == (1, 1 + 4), "warmed up, then four batches"
+    module.trainer = None
+    copied = pickle.loads(pickle.dumps(module))
+    images = torch.zeros(250, 3, 32, 32, dtype=torch.uint8)
+    assert copied(images).equal(module.eval()(images))
 
 
 class Restless(nn.Module):
@@ -132,6 +148,16 @@ def test_a_compiled_run_has_the_same_bits_also_resumed_and_tensorboards_graph(
     assert events.Tags()["graph"]
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_black_images_leave_the_random_state_of_each_kind_of_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = ["before"]
+    monkeypatch.setattr(getattr(torch, kind), "get_rng_state", lambda: states[-1])
+    monkeypatch.setattr(getattr(torch, kind), "set_rng_state", states.append)
+    with unchanged(Net(), torch.device(kind)):
+        states.append("drawn from")
+    assert states[-1] == "before"
+
+
 def no_compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -143,7 +169,7 @@ def test_without_a_compiler_the_command_ends_in_one_line(monkeypatch: pytest.Mon
     line = error_of(lit_cifar.fit.main, [*FEW, "--max_epochs", "1"])
     assert line.startswith("--compile true does not work here (")
     assert "No working C++ compiler" in line
-    assert "leave it out" in line
+    assert "use --compile false" in line
 
 
 def test_a_python_that_torch_cannot_compile_for_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +183,16 @@ def test_a_python_that_torch_cannot_compile_for_is_named_in_one_line(monkeypatch
 
 @pytest.mark.slow
 def test_torchs_own_backend_compiles_growing_images_once_and_gives_the_same_weights() -> None:
-    flags = [*FEW, *SPEEDNET, "--model.sides", "[24,32]", "--data.drop_last", "true", "--data.num_val", "0"]
+    flags = [
+        *FEW,
+        "--model.net",
+        "lit_cifar.nets.SpeedNet",
+        "--model.net.widths",
+        "[8,8,8]",
+        "--model.sides",
+        "[24,32]",
+    ]
+    flags += ["--data.drop_last", "true", "--data.num_val", "0"]
     flags += ["--max_epochs", "1", "--trainer.limit_train_batches", "4"]
     counts = torch._dynamo.utils.counters["stats"]
     lit_cifar.fit.main([*flags, "--compile", "false"])

@@ -4,6 +4,7 @@ trains it."""
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,10 @@ def check_training(
 def unchanged(net: nn.Module, device: torch.device) -> Iterator[None]:
     """Around forward passes that leave the net's buffers and modes and torch's random state as they were."""
     buffers, modes = [(buffer, buffer.clone()) for buffer in net.buffers()], [(m, m.training) for m in net.modules()]
+    accelerator: Any = getattr(torch, device.type) if device.type in ("cuda", "mps") else None
+    state = accelerator.get_rng_state() if accelerator else None
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([]):
             yield
         with torch.no_grad():
             for buffer, before in buffers:
@@ -94,6 +97,8 @@ def unchanged(net: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        if accelerator:
+            accelerator.set_rng_state(state)
 
 
 def _logits(

@@ -2,6 +2,7 @@
 whole, and TF32. module.py trains with it, nets/ has the nets."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,8 @@ def to_logits(net: nn.Module, images: Tensor, mean: Tensor, std: Tensor, side: i
     return logits
 
 
-def compiled() -> ToLogits:
+@functools.cache
+def compiled(backend: Any) -> ToLogits:
     """`to_logits`, which compiles itself for each new shape of images.
 
     Raises:
@@ -49,7 +51,7 @@ def compiled() -> ToLogits:
     """
     _expect(num_shapes=2)  # besides those that are warmed up
     try:
-        function: ToLogits = torch.compile(to_logits, dynamic=False, backend=BACKEND)
+        function: ToLogits = torch.compile(to_logits, dynamic=False, backend=backend)
     except RuntimeError as error:  # a Python that is too new for this torch
         raise _cannot_compile(error) from error
     return function
@@ -154,6 +156,6 @@ def _explained() -> Iterator[None]:
 def _cannot_compile(error: Exception) -> UserError:
     reason = printable(" ".join(str(error).split()))[:300]
     return UserError(
-        f"--compile true does not work here ({type(error).__name__}: {reason}): leave it out, or install what is "
-        "missing; --log_level debug prints more"
+        f"--compile true does not work here ({type(error).__name__}: {reason}): use --compile false, or install what "
+        "is missing; --log_level debug prints more"
     )

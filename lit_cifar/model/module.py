@@ -110,7 +110,7 @@ class LitClassifier(LightningModule):
         self._ddp_params_and_buffers_to_ignore = ["mean", "std"]
         self.compile_net = compile
         self.tf32 = tf32
-        self._to_logits: kernels.ToLogits = kernels.to_logits
+        self._is_compiled = False  # not before it is warmed up
         self.classes: tuple[str, ...] = ()
         self.config: dict[str, Any] = {}  # the command's settings as plain values; travels in the checkpoint
         self.recipe: str | None = None  # what people call this training run; travels in the checkpoint
@@ -127,7 +127,8 @@ class LitClassifier(LightningModule):
 
         With a `side` the net sees them shrunk to side x side pixels.
         """
-        return self._to_logits(self.net, images, self.mean, self.std, side)
+        to_logits = kernels.compiled(kernels.BACKEND) if self._is_compiled else kernels.to_logits
+        return to_logits(self.net, images, self.mean, self.std, side)
 
     @calls_chosen("when it was set up")
     def setup(self, stage: str) -> None:
@@ -167,8 +168,7 @@ class LitClassifier(LightningModule):
         if not self.compile_net:
             return
         with clock.timed("compile", self.device):
-            if self._to_logits is kernels.to_logits:
-                self._to_logits = kernels.compiled()
+            self._is_compiled = True
             kernels.warm_up(self, stages)
 
     def set_classes(self, classes: tuple[str, ...]) -> None:
