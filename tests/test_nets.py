@@ -68,6 +68,23 @@ def test_batchnorm_stays_float32_beside_half_precision() -> None:
     assert net(torch.randn(4, 3, 32, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_resnet18_is_channels_last_throughout_and_its_weights_fit_either_layout() -> None:
+    ours, images, layouts = ResNet18(), torch.randn(4, 3, 32, 32), []
+    for module in ours.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            module.register_forward_hook(lambda module, given, features: layouts.append(features))
+    logits = ours(images)
+    assert len(layouts) == 20
+    assert all(features.is_contiguous(memory_format=torch.channels_last) for features in layouts)
+    older = ResNet18().to(memory_format=torch.contiguous_format)  # as in checkpoints of before
+    older.load_state_dict(ours.state_dict())
+    assert all(weight.equal(ours.state_dict()[name]) for name, weight in older.state_dict().items())
+    ours.load_state_dict(older.state_dict())
+    assert ours.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(older(images), logits, rtol=1e-4, atol=1e-4)
+
+
 def test_resnet18_equals_torchvisions_with_the_small_stem() -> None:
     reference = torchvision.models.resnet18(num_classes=10)
     reference.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_cifar.errors import UserError
-from lit_cifar.model.optim import Group, MuonSGD, Schedule, claim, lr_factor, orthogonalise
+from lit_cifar.model.optim import QUINTIC, Group, MuonSGD, Schedule, claim, lr_factor, orthogonalise
 
 SCHEDULES: tuple[Schedule, ...] = ("constant", "linear", "cosine", "onecycle")
 
@@ -106,6 +107,43 @@ def test_orthogonalising_knows_no_scale_and_keeps_zeros() -> None:
     matrices = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(orthogonalise(matrices), orthogonalise(1e-6 * matrices), rtol=1e-4, atol=1e-5)
     assert orthogonalise(torch.zeros(1, 4, 4)).eq(0).all()
+
+
+class Launches(TorchDispatchMode):
+    """Names the operators that a device would be told to compute, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and "view" not in func.__name__:
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_orthogonalising_is_the_quintic_polynomial_in_three_products_an_iteration() -> None:
+    matrices = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b, c = QUINTIC
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True)
+    for _ in range(3):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    with Launches() as launches:
+        result = orthogonalise(matrices)
+    torch.testing.assert_close(result, x, rtol=1e-12, atol=1e-12)
+    assert launches.names[-9:] == 3 * ["bmm", "baddbmm", "baddbmm"]
+
+
+def test_a_muon_step_of_many_banks_launches_little_besides_its_products() -> None:
+    weights = [nn.Parameter(torch.randn(8, 4, 3, 3)) for _ in range(20)]  # of one shape
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer = MuonSGD([{"params": weights, "kind": "muon", "lr": 0.1, "momentum": 0.6, "nesterov": True}])
+    optimizer.step()
+    with Launches() as launches:
+        optimizer.step()
+    assert len(launches.names) < 30
 
 
 # ---- the optimiser ----

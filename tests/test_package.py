@@ -12,7 +12,7 @@ from helpers import ROOT
 PACKAGE = ROOT / "lit_cifar"
 # rooms from left to right; those of one layer do not import one another
 ROOMS = [
-    {"errors", "files", "log", "process", "text"},
+    {"clock", "errors", "files", "log", "process", "text"},
     {"nets", "data", "results"},
     {"run"},
     {"model"},

@@ -131,7 +131,7 @@ class CLI(LightningCLI):
         assert isinstance(parser, Parser)
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(Progress, "running_loss")
-        parser.set_defaults({"model.net": {"class_path": DEFAULT_NET}})
+        parser.set_defaults({"model.net": {"class_path": DEFAULT_NET}, "model.tf32": False})
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_short_flags()
         parser.keep_whole_numbers()
@@ -245,6 +245,8 @@ class CLI(LightningCLI):
         overrides: dict[str, Any] = {}
         if config["enable_progress_bar"] is None:
             overrides["enable_progress_bar"] = has_bar or log.is_terminal(sys.stdout)
+        if config["benchmark"] is None and not config["deterministic"]:
+            overrides["benchmark"] = True  # of cuDNN: batches have few shapes, each of which is tried out once
         if not self.config["data"]["num_val"]:
             overrides["limit_val_batches"] = 0
         ours = [finders.Found(self.run), DeviceShapes(), Dashboard(self._command)]

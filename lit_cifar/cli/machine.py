@@ -111,6 +111,10 @@ def _is_switched_on(record: logging.LogRecord) -> bool:
     return from_part or record.funcName in DEBUGGING or record.levelno >= logging.WARNING
 
 
+def _is_no_hint(record: logging.LogRecord) -> bool:
+    return record.funcName != "_check_cuda_matmul_precision"
+
+
 def set_log_level(level: str) -> None:
     """As `log.set_level`, for Lightning's lines and Python's warnings too.
 
@@ -130,6 +134,9 @@ def set_log_level(level: str) -> None:
         shared.addFilter(_is_switched_on)
     if level == "error" or (log.rank() and level != "debug"):
         warnings.simplefilter("ignore")
+    # hints at TF32, which --model.tf32 decides: Lightning's, and torch's when it compiles
+    shared.addFilter(_is_no_hint)
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     # printed on each machine that has Slurm, where no job runs
     warnings.filterwarnings("ignore", message="The `srun` command is available")
     warnings.filterwarnings("ignore", message="The number of training batches")  # Progress logs short epochs too

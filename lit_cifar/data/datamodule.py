@@ -189,6 +189,11 @@ class CIFAR10DataModule(LightningDataModule):
         num_evaluated = {stage: len(self._eval_batches(split)) for stage, split in evaluated.items() if split}
         return {"train": len(self.train_batches()), **num_evaluated}
 
+    def eval_batches(self, stage: str) -> EvalBatches | None:
+        """The shares of 'val' or 'test' images on this rank, without their pixels; None where there are none."""
+        split = {"val": self._val, "test": self._test}[stage]
+        return self._eval_batches(split) if split else None
+
     def _eval_batches(self, split: Split) -> EvalBatches:
         return EvalBatches(len(split.labels), self.eval_batch_size, *self._rank())
 

@@ -4,6 +4,7 @@ trains it."""
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def count_logits(net: nn.Module, forward: Callable[[Tensor], Tensor], device: to
     Raises:
         UserError: the net fails, or gives something else than logits (1, K).
     """
-    with _unchanged(net, device):
+    with unchanged(net, device), torch.no_grad():
         net.eval()
         return int(_logits(net, forward, 1, device).shape[1])
 
@@ -67,7 +68,7 @@ def check_training(
     if any(isinstance(module, nn.SyncBatchNorm) for module in net.modules()) and device.type == "cpu":
         return  # it trains on GPUs alone
     has_norm = any(isinstance(module, _BatchNorm) for module in net.modules())
-    with _unchanged(net, device):  # in the modes of its layers, some of which may be frozen
+    with unchanged(net, device), torch.no_grad():  # in the modes of its layers, some of which may be frozen
         for side in dict.fromkeys(sides):
             _logits(net, lambda images, side=side: forward(images, side), 2, device, side)  # type: ignore[misc]
             if not has_norm or 1 not in num_images:
@@ -82,17 +83,22 @@ def check_training(
 
 
 @contextmanager
-def _unchanged(net: nn.Module, device: torch.device) -> Iterator[None]:
+def unchanged(net: nn.Module, device: torch.device) -> Iterator[None]:
     """Around forward passes that leave the net's buffers and modes and torch's random state as they were."""
     buffers, modes = [(buffer, buffer.clone()) for buffer in net.buffers()], [(m, m.training) for m in net.modules()]
+    accelerator: Any = getattr(torch, device.type) if device.type in ("cuda", "mps") else None
+    state = accelerator.get_rng_state() if accelerator else None
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([]):
             yield
+        with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
     finally:
         for module, mode in modes:
             module.training = mode
+        if accelerator:
+            accelerator.set_rng_state(state)
 
 
 def _logits(

@@ -1,10 +1,11 @@
 """What LitClassifier and the callbacks ask of the Trainer's data module, reached in one place. data/ has the data."""
 
 from collections.abc import Sized
-from typing import Protocol
+from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
 
+from lit_cifar.data.loader import EvalBatches, TrainBatches
 from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
 
@@ -40,3 +41,11 @@ def data_of(trainer: Trainer) -> Data:
             "Trainer datamodule=CIFAR10DataModule(...), or one of your own with `classes` and `train_batches`"
         )
     return data
+
+
+def batches_of(trainer: Trainer, stage: str) -> TrainBatches | EvalBatches | None:
+    """This rank's batches of 'train', 'val' or 'test', without their pixels; None where nothing is known of them."""
+    data: Any = data_of(trainer)
+    evaluated = getattr(data, "eval_batches", lambda stage: None)  # of CIFAR10DataModule
+    batches = data.train_batches() if stage == "train" else evaluated(stage)
+    return batches if isinstance(batches, (TrainBatches, EvalBatches)) else None

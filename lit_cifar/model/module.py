@@ -12,9 +12,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from lit_cifar import clock
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
 from lit_cifar.errors import UserError, calls_chosen
-from lit_cifar.model import steps
+from lit_cifar.model import kernels, steps
 from lit_cifar.model.check import check_training, count_logits, shape_lazy_layers
 from lit_cifar.model.classifier import TTA, check_classes, check_weights, normalise, views
 from lit_cifar.model.data import data_of
@@ -49,7 +50,10 @@ class LitClassifier(LightningModule):
         warmup: share of the steps in which the rate rises, 0 to 1.
         mean: subtracted from pixels scaled to [0, 1], per channel; travels in the checkpoint.
         std: then divides them, above 0; travels in the checkpoint.
-        compile: compile the net with torch.compile; its names in the checkpoint stay the same.
+        compile: compile the net, with what scales and shrinks its images, by torch.compile, for all shapes before the
+            first step; names in the checkpoint stay the same.
+        tf32: on CUDA GPUs, round the factors of float32 products to TF32's 10 bits, in convolutions and matrices alike.
+            The commands' default is false: 32-true means float32. None: as torch is set.
         groups: parameter groups with settings of their own, and of kind 'sgd' or 'muon'; none: SGD for all parameters.
         sides: side of the images in equal parts of the training run, in pixels, 8 to 32: [24, 32] trains the first half
             on images of 24x24. None: always as they are. Tests always see them as they are.
@@ -75,6 +79,7 @@ class LitClassifier(LightningModule):
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5),
         compile: bool = False,
+        tf32: bool | None = None,
         groups: list[Group] | None = None,
         sides: list[Side] | None = None,
         tta: TTA = "none",
@@ -104,6 +109,8 @@ class LitClassifier(LightningModule):
         # constants; DDP would broadcast them before each forward (7 % of a step: the tutorial's net, 2 processes)
         self._ddp_params_and_buffers_to_ignore = ["mean", "std"]
         self.compile_net = compile
+        self.tf32 = tf32
+        self._is_compiled = False  # not before it is warmed up
         self.classes: tuple[str, ...] = ()
         self.config: dict[str, Any] = {}  # the command's settings as plain values; travels in the checkpoint
         self.recipe: str | None = None  # what people call this training run; travels in the checkpoint
@@ -112,7 +119,7 @@ class LitClassifier(LightningModule):
         self.images_per_second = 0.0  # over the same steps, all ranks together
         self.reports: dict[str, Report] = {}  # newest of each stage
         self._planned_steps: int | None = None
-        self.example_input_array = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # for TensorBoard's graph
+        self.example_input_array = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # for Lightning's summary
 
     @calls_chosen("on images")
     def forward(self, images: Tensor, side: int | None = None) -> Tensor:
@@ -120,16 +127,8 @@ class LitClassifier(LightningModule):
 
         With a `side` the net sees them shrunk to side x side pixels.
         """
-        logits: Tensor = self.net(self.shrunk(normalise(images, self.mean, self.std), side))
-        return logits
-
-    @staticmethod
-    def shrunk(images: Tensor, side: int | None) -> Tensor:
-        """Images (B, 3, h, w) of any float dtype at side x side pixels; as they are without a side."""
-        if side is None or side == images.shape[2]:
-            return images
-        # in float32, because torch has no antialiasing for bfloat16 on the CPU
-        return F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True).to(images.dtype)
+        to_logits = kernels.compiled(kernels.BACKEND) if self._is_compiled else kernels.to_logits
+        return to_logits(self.net, images, self.mean, self.std, side)
 
     @calls_chosen("when it was set up")
     def setup(self, stage: str) -> None:
@@ -145,13 +144,32 @@ class LitClassifier(LightningModule):
         if stage == "fit" and callable(init_from_images):  # a resumed run's checkpoint is loaded after it
             images = data_of(self.trainer).train.images
             images = images[:: max(1, len(images) // NUM_FIRST_IMAGES)]
-            init_from_images(normalise(images.to(self.mean.device), self.mean, self.std))
+            with clock.timed("whitening", self.mean.device):
+                init_from_images(normalise(images.to(self.mean.device), self.mean, self.std))
         if stage == "fit" and self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
             # so that statistics are those of the whole batch, as on one device; not available on the CPU
             self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
-        if self.compile_net:
-            self.net.compile()
-            self.compile_net = False  # once: setup comes again before the test
+        if self.tf32 is not None and self.trainer.strategy.root_device.type == "cuda":
+            kernels.set_tf32(self.tf32)
+
+    def on_fit_start(self) -> None:
+        self._warm_up("train", "val")  # after the callbacks: TensorBoard's graph is traced, searches are done
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":
+            self._warm_up("val")
+
+    def on_test_start(self) -> None:
+        self._warm_up("test")
+
+    @calls_chosen("on images")
+    def _warm_up(self, *stages: str) -> None:
+        """Compiles for all batches of the stages, so that no step waits for it."""
+        if not self.compile_net:
+            return
+        with clock.timed("compile", self.device):
+            self._is_compiled = True
+            kernels.warm_up(self, stages)
 
     def set_classes(self, classes: tuple[str, ...]) -> None:
         """Names the K classes; called again with the same ones it changes nothing.

@@ -75,9 +75,9 @@ def orthogonalise(matrices: Tensor, num_iterations: int = 3) -> Tensor:
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
     if x.is_cuda:
         x = x.bfloat16()
-    for _ in range(num_iterations):
+    for _ in range(num_iterations):  # three products, which take the sums along: nothing is left to be compiled
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if transposed else x).to(dtype)
 
 
@@ -211,11 +211,11 @@ class MuonSGD(torch.optim.Optimizer):
             gradients = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
         updates = self._momentum(group, parameters, gradients)
         if group["kind"] == "muon":
-            norms = torch._foreach_norm(parameters)
-            targets = [math.sqrt(len(parameter)) for parameter in parameters]
-            torch._foreach_mul_(
-                parameters, [target / norm.clamp_min(1e-12) for target, norm in zip(targets, norms, strict=True)]
-            )
+            factors = torch._foreach_norm(parameters)  # all at once: a GPU's launches take longer than such numbers
+            torch._foreach_clamp_min_(factors, 1e-12)
+            torch._foreach_reciprocal_(factors)
+            torch._foreach_mul_(factors, [math.sqrt(len(parameter)) for parameter in parameters])
+            torch._foreach_mul_(parameters, factors)
             updates = _orthogonalise_banks(updates)
         torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 

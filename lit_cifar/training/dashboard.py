@@ -13,8 +13,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
+from lit_cifar import clock
+from lit_cifar.model.check import unchanged
 from lit_cifar.model.classifier import Classifier
 from lit_cifar.model.data import data_of
+from lit_cifar.model.kernels import shrunk
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.results import pictures
 from lit_cifar.results.report import MOST_LISTED, commit, versions
@@ -52,18 +55,16 @@ class Dashboard(Callback):
         writer.add_text("run", self._origin())
         stages = ["val", "test"] if data_of(trainer).num_val else ["test"]
         writer.add_custom_scalars(charts(stages, pl_module.classes))
-        training = pl_module.net.training
-        pl_module.net.eval()
+        black = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=pl_module.device)
         try:
-            with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the tracer, about branches it cannot see
-                # torch's tracer would walk from LitClassifier into the Trainer
-                classifier = Classifier(pl_module.net, pl_module.mean, pl_module.std)
-                images = pl_module.example_input_array.to(pl_module.device)  # type: ignore[union-attr]
-                writer.add_graph(classifier, images)
+            with clock.timed("graph"), unchanged(pl_module.net, pl_module.device), torch.no_grad():
+                pl_module.net.eval()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of the tracer, about branches it cannot see
+                    # torch's tracer would walk from LitClassifier into the Trainer
+                    writer.add_graph(Classifier(pl_module.net, pl_module.mean, pl_module.std), black)
         except Exception as error:  # a net that cannot be traced trains all the same
             write(trainer, f"TensorBoard has no graph of this net: {str(error).splitlines()[0]}")
-        pl_module.net.train(training)
 
     def _origin(self) -> str:
         rows = {"command": _code(self.command), "commit": commit() or "unknown", **versions()}
@@ -114,7 +115,7 @@ class Dashboard(Callback):
         }
         if self._images:
             images, labels = (torch.cat(parts) for parts in zip(*self._images, strict=True))
-            seen = pl_module.shrunk(images.float(), self._side).round().to(torch.uint8)
+            seen = shrunk(images.float(), self._side).round().to(torch.uint8)
             drawn["train/images"] = pictures.training_images(seen.cpu(), labels.cpu(), report.classes)
             self._images = []
         first = next((layer for layer in pl_module.net.modules() if isinstance(layer, torch.nn.Conv2d)), None)
