@@ -296,6 +296,8 @@ def main() -> None:
     parser.add_argument("--accelerator", choices=["gpu", "cpu"], default="gpu", help="cpu: to try this program out")
     args, args.flags = parser.parse_known_args()
     ends = time.time() + args.seconds
+    if args.accelerator == "cpu":
+        os.environ["LIT_CIFAR_TEST_DEVICE"] = "cpu"  # of tests/test_gpu.py
     for name in ("data_dir", "peers", "output"):
         setattr(args, name, path.resolve() if (path := getattr(args, name)) else None)
     args.output.mkdir(parents=True, exist_ok=True)
