@@ -167,12 +167,14 @@ def allowed(names: list[str], left: float) -> float:
 
 
 def edited(source: str, num_runs: int, ends: float) -> str:
-    """A peer's script that makes as many runs as fit, one to warm up among them, and tells its peak memory.
+    """A peer's script that makes as many runs as fit, besides one to warm up, and tells its peak memory.
 
     Raises:
         ValueError: it is not built like the scripts that this was written for.
     """
-    text, found = re.subn(r"for run in range\(\d+\)", f"for run in within({num_runs + 1}, {ends})", source)
+    warms_up = re.search(r"^ *main\(.warmup.", source, re.MULTILINE)  # by itself; else its first run does
+    num_runs += not warms_up
+    text, found = re.subn(r"for run in range\(\d+\)", f"for run in within({num_runs}, {ends})", source)
     if found != 1:
         raise ValueError("it has no 'for run in range(N)': not the version that this was written for")
     # a pause between runs to cool the GPU, which no clock counts and no other script here makes

@@ -169,6 +169,12 @@ def test_the_table_names_what_was_not_measured_and_compares_the_rest() -> None:
     assert "- input pipeline of speedrun94: 2.0 % of a step, which takes 50.00 ms" in text
 
 
+def test_a_script_that_does_not_warm_up_makes_a_run_more() -> None:
+    assert "in within(4, 9.0)" in gpu.edited(SCRIPT, 3, 9.0)
+    assert "in within(4, 9.0)" in gpu.edited(SCRIPT.replace("    accs", "    #main('warmup')\n    accs"), 3, 9.0)
+    assert "in within(3, 9.0)" in gpu.edited(SCRIPT.replace("    accs", "    main('warmup')\n    accs"), 3, 9.0)
+
+
 def test_a_script_that_is_not_the_peers_is_refused() -> None:
     with pytest.raises(ValueError, match="not the version that this was written for"):
         gpu.edited("print('hello')", 3, 0.0)
