@@ -229,6 +229,8 @@ def command_of(name: str, args: argparse.Namespace, work: Path, ends: float) -> 
             raise ValueError("the data could not be written for it: see environment")
         (work / first).write_text(edited(found[0].read_text(), args.runs, ends))
         return [sys.executable, first], work
+    if name != "tests" and not args.data_dir.exists():
+        raise ValueError(f"no data at {args.data_dir}: nothing is downloaded here")
     given = ["--data_dir", str(args.data_dir), "--accelerator", args.accelerator, *args.flags]
     if name == "environment":
         given = [str(args.data_dir), *([str(work / "cifar10")] if args.peers else [])]
@@ -297,6 +299,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
     parser.add_argument("--accelerator", choices=["gpu", "cpu"], default="gpu", help="cpu: to try this program out")
     args, args.flags = parser.parse_known_args()
+    if args.flags and not args.flags[0].startswith("-"):
+        parser.error(f"what is {args.flags[0]}? --peers names the folder of the peers' scripts")
     ends = time.time() + args.seconds
     if args.accelerator == "cpu":
         os.environ["LIT_CIFAR_TEST_DEVICE"] = "cpu"  # of tests/test_gpu.py

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ def one_run(own: list[str], flags: list[str]) -> dict[str, Any]:
         (path,) = Path(folder).glob("lightning_logs/version_*/results.json")
         results = json.loads(path.read_text())
     results = {key: results[key] for key in ("accuracy", "seconds", "num_steps", "peak_memory")}
-    del results["seconds"]["pieces"]
+    results["seconds"].pop("pieces", None)
     dynamo = sys.modules.get("torch._dynamo.utils")
     graphs = dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
     tell(**results, graphs=graphs, warms_up="--max_epochs" in own)
@@ -144,27 +145,43 @@ def count_waits(events: list[Event]) -> dict[str, int]:
     }
 
 
-def waits(flags: list[str]) -> None:
-    """Tells for each recipe what its steady steps wait for and copy; the compiled one, which takes long, comes last."""
+def waits(flags: list[str]) -> int:
+    """Tells for each recipe what its steady steps wait for and copy; the compiled one, which takes long, comes last.
+
+    Returns:
+        how many could not be measured; the others are.
+    """
+    num_failed = 0
     for recipe in RECIPES:
         name, *more = recipe.split()
         if more and "cpu" in flags:
             continue
-        with tempfile.TemporaryDirectory(prefix="gpu-run-") as folder:
-            limits = ["--max_epochs", "-1", "--trainer.max_steps", str(LAST_STEP + 1)]
-            command = set_up(
-                [*own_flags(name, flags), *more, *limits, "--trainer.default_root_dir", folder],
-                prog="gpu_parts",
-                description="",
-                add_arguments=fit.add_arguments,
-            )
-            steady = Steady()
-            command.trainer.callbacks.append(steady)  # type: ignore[attr-defined]
-            fit.prepare(command, "fit", "test")
+        try:
+            tell(recipe=recipe, steps=LAST_STEP - FIRST_STEP + 1, **steady_counts([*own_flags(name, flags), *more]))
+        except Exception:
+            traceback.print_exc()
+            num_failed += 1
+    return num_failed
+
+
+def steady_counts(flags: list[str]) -> dict[str, int]:
+    with tempfile.TemporaryDirectory(prefix="gpu-run-") as folder:
+        limits = ["--max_epochs", "-1", "--trainer.max_steps", str(LAST_STEP + 1)]
+        command = set_up(
+            [*flags, *limits, "--trainer.default_root_dir", folder],
+            prog="gpu_parts",
+            description="",
+            add_arguments=fit.add_arguments,
+        )
+        steady = Steady()
+        command.trainer.callbacks.append(steady)  # type: ignore[attr-defined]
+        fit.prepare(command, "fit", "test")
+        try:
             fit.train(command, time.perf_counter())
-            assert command.run is not None
-            command.run.unlock()
-        tell(recipe=recipe, steps=LAST_STEP - FIRST_STEP + 1, **steady.counts)
+        finally:
+            if command.run is not None:
+                command.run.unlock()
+    return steady.counts
 
 
 if __name__ == "__main__":
@@ -174,4 +191,4 @@ if __name__ == "__main__":
     elif part == "runs":
         runs(args[0], int(args[1]), float(args[2]), args[3:])
     else:
-        waits(args)
+        sys.exit(waits(args))

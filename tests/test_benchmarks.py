@@ -1,5 +1,6 @@
 """benchmarks/gpu.py without a GPU: what it reads, how it shares its time, and that nothing ends it early."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -200,6 +201,28 @@ def test_whatever_is_missing_the_rest_goes_on(tmp_path: Path) -> None:
     assert "not the version" in rows["airbench94_muon"]["state"]
     assert "is not in" in rows["airbench95"]["state"]
     assert done.stdout.strip().endswith(Path("out/gpu-results.md").read_text().strip())
+
+
+def test_data_that_are_not_there_cost_no_time(tmp_path: Path) -> None:
+    args = argparse.Namespace(data_dir=tmp_path / "absent", peers=None, accelerator="cpu", flags=[], runs=1)
+    for name in ("environment", "waits", "speedrun94", "loader"):
+        assert gpu.measure(name, args, tmp_path, 60.0)["state"].startswith(f"no data at {tmp_path}")
+    assert gpu.measure("airbench95", args, tmp_path, 60.0)["state"] == "not given: --peers FOLDER"
+
+
+def test_one_recipe_that_fails_leaves_the_others_counts(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def counts(flags: list[str]) -> dict[str, int]:
+        if "configs/speedrun94.yaml" in flags:
+            raise RuntimeError("no such kernel")
+        return {"waits": 0, "to_host": 0, "to_device": 0, "kernels": 9}
+
+    monkeypatch.setattr(gpu_parts, "steady_counts", counts)
+    assert gpu_parts.waits(["--accelerator", "gpu"]) == 2  # compiled too
+    shown = capfd.readouterr()
+    assert [line["recipe"] for line in gpu.printed(shown.out)] == ["tutorial", "speedrun95", "speedrun96", "resnet18"]
+    assert "no such kernel" in shown.err
 
 
 @pytest.mark.slow
