@@ -68,16 +68,6 @@ class SlowTransform(torch.nn.Module):
         return image
 
 
-class NoWaiting(Callback):
-    """Makes a synchronisation with the GPU an error in the steps between logging."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 10:
-            torch.cuda.set_sync_debug_mode("error")
-        if batch_idx == 90:
-            torch.cuda.set_sync_debug_mode("default")
-
-
 class KillBeforeMeeting(Callback):
     """Rank 1 of a node ends a rank with SIGKILL before the ranks have met."""
 

@@ -1,0 +1,258 @@
+"""benchmarks/gpu.py without a GPU: what it reads, how it shares its time, and that nothing ends it early."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, SHORT, make_tree
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import gpu
+import gpu_parts
+
+# what cifar10_speedrun.py prints, its lines torn by carriage returns, and airbench94_muon.py, which names a run once
+HIVERGE = """\
+|  run     |  epoch  |  train_acc  |  val_acc  |  tta_val_acc  |  time_seconds  |
+|  warmup  |   eval  |     0.1111  |   0.0978  |       0.0963  |       40.5124  |
+|       1  |   eval  |     0.9875  |   0.9314  |       0.9401  |        2.0133  |
+Mean accuracy after 1 runs: 0.940100 | Mean time: 2.01s\r|    2  |   eval  | 0.9873 | 0.9346 | 0.9407 | 2.0153 |
+peak GPU memory, bytes: 2500000000
+"""
+AIRBENCH = """|  warmup  |      0  |     0.1111  |   0.0978  |               |        1.1000  |
+|          |   eval  |     0.1111  |   0.0978  |       0.0963  |        9.0000  |
+|  0       |      7  |     0.9875  |   0.9314  |               |        2.5000  |
+|          |   eval  |     0.9875  |   0.9314  |       0.9401  |        2.6000  |
+"""
+# built like the peers' scripts
+SCRIPT = """
+import torch
+torch.load("cifar10/train.pt")
+def main(run):
+    torch.cuda._sleep(int(6000000000))
+    print("|  %s  |   eval  |     0.9875  |   0.9314  |       0.94%02d  |        2.%04d  |" % ("", run, run))
+    return 0.94
+if __name__ == "__main__":
+    accs = torch.tensor([main(run) for run in range(200)])
+    print("Mean: %.4f    Std: %.4f" % (accs.mean(), accs.std()))
+"""
+
+
+def result(accuracy: float, warms_up: bool = False, **seconds: float) -> str:
+    """A line of a run, as gpu_parts.py prints it."""
+    run = {"accuracy": accuracy, "seconds": seconds, "num_steps": 10, "peak_memory": {"gpu": 10**9}, "graphs": 6}
+    run["warms_up"] = warms_up
+    return gpu.RESULT + json.dumps(run) + "\n"
+
+
+def test_the_table_of_a_peer_is_read_without_its_first_run() -> None:
+    found = gpu.peer(HIVERGE)
+    assert (found["n"], found["seconds"], found["peak"]) == (2, [2.0133, 2.0153], 2500000000)
+    assert found["accuracy"] == pytest.approx([94.01, 94.07])
+    assert gpu.peer(AIRBENCH)["seconds"] == [2.6]
+    assert gpu.peer(AIRBENCH[: AIRBENCH.index("2.6000") + 3])["n"] == 0  # cut off in its middle
+    assert gpu.peer("Traceback")["n"] == 0
+
+
+def test_the_seconds_of_ours_are_those_that_the_peers_count() -> None:
+    first = result(0.5, True, fit=9.0, first_step=8.0, test=1.0)
+    found = gpu.ours("noise\n" + first + result(0.9, fit=3.0, first_step=0.5, test=0.25) + "torn RESULT {")
+    assert (found["n"], found["accuracy"], found["seconds"]) == (1, [90], [2.75])
+    assert found["step_ms"] == 250
+    assert "6 graphs" in found["figures"]
+    found = gpu.ours(first + result(0.9, fit=3.0, first_step=0.5, steps=1.0, whitening=0.5, save=0.1, test=0.25))
+    assert found["seconds"] == [1.75]
+    assert "save 0.10 s" in found["figures"]
+    alone = gpu.ours(first)
+    assert (alone["n"], alone["seconds"]) == (0, [])
+    assert alone["figures"].startswith("one epoch alone: fit 9.00 s")
+    assert gpu.ours("Killed")["n"] == 0
+
+
+def test_the_outcomes_of_tests_are_counted_and_failures_named() -> None:
+    text = "tests/test_gpu.py::test_a[32-true] PASSED [ 1%]\ntests/test_gpu.py::test_b FAILED [ 2%]\n"
+    assert gpu.tests(text + "FAILED tests/test_gpu.py::test_b - no\n= 1 failed, 1 passed in 3 s =") == {
+        "n": 2,
+        "figures": "1 passed, 1 failed; test_b",
+    }
+
+
+def test_waits_and_copies_of_the_steady_steps_alone_are_counted() -> None:
+    def host(name: str, start: float, end: float = 0.0) -> gpu_parts.Event:
+        return gpu_parts.Event(name, start, end, False)
+
+    def device(name: str) -> gpu_parts.Event:
+        return gpu_parts.Event(name, 15, 16, True)
+
+    events = [
+        host(gpu_parts.WINDOW, 10, 20),
+        gpu_parts.Event(gpu_parts.WINDOW, 11, 21, True),  # the same, as the device sees it
+        host("cudaDeviceSynchronize", 5),
+        host("cudaLaunchKernel", 12),
+        host("cuLaunchKernelEx", 13),
+        host("cudaMemcpyAsync", 13),
+        host("cudaStreamSynchronize", 14),
+        host("aten::item", 14),
+        host("cudaDeviceSynchronize", 25),  # of the profiler's end
+        device("Memcpy DtoH (Device -> Pageable)"),
+        device("Memcpy HtoD (Pinned -> Device)"),
+        device("Memcpy DtoD (Device -> Device)"),
+    ]
+    assert gpu_parts.count_waits(events) == {"waits": 1, "to_host": 1, "to_device": 1, "kernels": 2}
+    line = gpu.RESULT + json.dumps({"recipe": "tutorial", "steps": 10, **gpu_parts.count_waits(events)})
+    assert gpu.waits(line)["figures"].startswith("tutorial: 1 waits, 1 copies to the host, 1 to the device")
+
+
+def test_a_recipe_is_profiled_in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)  # nothing is written there
+    monkeypatch.setattr(gpu_parts, "RECIPES", ("tutorial",))
+    gpu_parts.waits(SHORT)
+    (found,) = gpu.printed(capfd.readouterr().out)
+    assert found == {"recipe": "tutorial", "steps": 10, "waits": 0, "to_host": 0, "to_device": 0, "kernels": 0}
+
+
+def test_runs_end_when_another_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    begun = []
+    for run in gpu.within(20, 150.0):
+        begun.append(run)
+        now[0] += 30 if run == 0 else 6  # the first compiles
+    assert begun == [0, 1, 2, 3]
+    assert list(gpu.within(20, 0.0)) == [0]
+
+
+def test_a_part_gets_its_share_and_no_less_than_it_needs() -> None:
+    names = list(gpu.PARTS)
+    left, begun = 510.0, []
+    for index, name in enumerate(names):
+        if left >= gpu.PARTS[name].least:
+            seconds = gpu.allowed(names[index:], left)
+            assert gpu.PARTS[name].least <= seconds <= left
+            left -= 45 if name == "environment" else seconds  # it is done when the data are decoded
+            begun.append(name)
+    assert left >= 0
+    assert begun[:7] == names[:7], "our 94 % recipe and both its peers, though each but the first took all that it may"
+    assert gpu.allowed(["resnet18"], 300.0) == 300
+
+
+def test_a_part_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    child = (
+        "import subprocess, sys, time; print('begun', flush=True); subprocess.Popen(['sleep', '600']); time.sleep(600)"
+    )
+    began = time.monotonic()
+    text, state = gpu.run([sys.executable, "-c", child], tmp_path, 3.0, tmp_path / "log")
+    assert (text.strip(), state) == ("begun", "stopped after 3 s; last line: begun")
+    assert time.monotonic() - began < 60
+    text, state = gpu.run([sys.executable, "-c", "raise SystemExit('no | GPU')"], tmp_path, 60.0, tmp_path / "log")
+    assert state == "failed (1): no | GPU"
+    assert (tmp_path / "log").read_text().count("\n$ ") == 2
+
+
+def test_the_table_names_what_was_not_measured_and_compares_the_rest() -> None:
+    rows = {
+        "environment": {"part": "environment", "figures": "GPU H100", "state": "ok", "took": 3.0},
+        "speedrun94": {"part": "speedrun94", "n": 2, "accuracy": [94.0, 94.2], "seconds": [1.0, 2.0], "peak": 10**9},
+        "loader": {"part": "loader", "rate": 2e6, "figures": "2,000,000 images/s", "state": "ok"},
+        "cifar10_speedrun": {"part": "cifar10_speedrun", "n": 1, "accuracy": [94.0], "seconds": [2.0], "state": "ok"},
+        "resnet18": {"part": "resnet18", "state": "failed (1): a | b"},
+    }
+    rows["speedrun94"] |= {"step_ms": 50.0, "figures": "", "state": "ok", "took": 60.0}
+    text = gpu.table(rows)
+    assert "| speedrun94 | 2 | 94.10 (std 0.14) | 1.500 (std 0.707) | 1,000 | - | 60 | ok |" in text
+    assert "| resnet18 | - | - | - | - | - | 0 | failed (1): a / b |" in text
+    assert "- speedrun94 against cifar10_speedrun: 0.750 of its seconds, accuracy +0.10 points (n = 2 and 1)" in text
+    assert "- input pipeline of speedrun94: 2.0 % of a step, which takes 50.00 ms" in text
+
+
+def test_a_script_that_does_not_warm_up_makes_a_run_more() -> None:
+    assert "in within(4, 9.0)" in gpu.edited(SCRIPT, 3, 9.0)
+    assert "in within(4, 9.0)" in gpu.edited(SCRIPT.replace("    accs", "    #main('warmup')\n    accs"), 3, 9.0)
+    assert "in within(3, 9.0)" in gpu.edited(SCRIPT.replace("    accs", "    main('warmup')\n    accs"), 3, 9.0)
+
+
+def test_a_script_that_is_not_the_peers_is_refused() -> None:
+    with pytest.raises(ValueError, match="not the version that this was written for"):
+        gpu.edited("print('hello')", 3, 0.0)
+
+
+def test_whatever_is_missing_the_rest_goes_on(tmp_path: Path) -> None:
+    """A whole call, with a peer that works, one that is another version and one that is absent."""
+    peers = tmp_path / "peers" / "deep"
+    peers.mkdir(parents=True)
+    (peers / "cifar10_speedrun.py").write_text(SCRIPT)
+    (peers / "airbench94_muon.py").write_text("print('hello')")
+    flags = ["--peers", peers.parent, "--output", "out", "--runs", 3, "--accelerator", "cpu", "--only"]
+    command = [sys.executable, ROOT / "benchmarks/gpu.py", make_tree(tmp_path / "tree", ("cat", "dog")), *flags]
+    command += ["cifar10_speedrun", "airbench94_muon", "airbench95"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = {row["part"]: row for row in map(json.loads, Path("out/gpu-results.jsonl").read_text().splitlines())}
+    assert rows["environment"]["state"] == "ok", Path("out/gpu.log").read_text()
+    assert "torch" in rows["environment"]["figures"]
+    assert "8 and 8 images" in rows["environment"]["figures"]
+    assert rows["cifar10_speedrun"]["state"] == "ok", Path("out/gpu.log").read_text()
+    assert rows["cifar10_speedrun"]["seconds"] == [2.0001, 2.0002, 2.0003]
+    assert "not the version" in rows["airbench94_muon"]["state"]
+    assert "is not in" in rows["airbench95"]["state"]
+    assert done.stdout.strip().endswith(Path("out/gpu-results.md").read_text().strip())
+
+
+def test_data_that_are_not_there_cost_no_time(tmp_path: Path) -> None:
+    args = argparse.Namespace(data_dir=tmp_path / "absent", peers=None, accelerator="cpu", flags=[], runs=1)
+    for name in ("environment", "waits", "speedrun94", "loader"):
+        assert gpu.measure(name, args, tmp_path, 60.0)["state"].startswith(f"no data at {tmp_path}")
+    assert gpu.measure("airbench95", args, tmp_path, 60.0)["state"] == "not given: --peers FOLDER"
+
+
+def test_one_recipe_that_fails_leaves_the_others_counts(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def counts(flags: list[str]) -> dict[str, int]:
+        if "configs/speedrun94.yaml" in flags:
+            raise RuntimeError("no such kernel")
+        return {"waits": 0, "to_host": 0, "to_device": 0, "kernels": 9}
+
+    monkeypatch.setattr(gpu_parts, "steady_counts", counts)
+    assert gpu_parts.waits(["--accelerator", "gpu"]) == 2  # compiled too
+    shown = capfd.readouterr()
+    assert [line["recipe"] for line in gpu.printed(shown.out)] == ["tutorial", "speedrun95", "speedrun96", "resnet18"]
+    assert "no such kernel" in shown.err
+
+
+@pytest.mark.slow
+def test_every_kind_of_part_runs_on_the_cpu(tmp_path: Path) -> None:
+    """Those of whole calls above besides; the recipes themselves are trained by other tests."""
+    tree = make_tree(tmp_path / "tree", tuple(f"class_{i}" for i in range(10)), num_images=20)
+    flags = ["--accelerator", "cpu", "--runs", 2, "--seconds", 3000, "--only", "waits", "tutorial", "loader"]
+    limits = ["--batch_size", 10, "--trainer.limit_train_batches", 16]
+    command = [*map(str, ["bash", ROOT / "benchmarks/gpu.sh", tree, *flags, *limits])]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, env=environment)
+    rows = {row["part"]: row for row in map(json.loads, Path("gpu-results/gpu-results.jsonl").read_text().splitlines())}
+    log = done.stderr + Path("gpu-results/gpu.log").read_text()
+    assert {row["state"] for row in rows.values()} == {"ok"}, log
+    assert rows["waits"]["n"] == 5
+    assert rows["tutorial"]["n"] == 2
+    assert rows["loader"]["rate"] > 0
+
+
+@pytest.mark.slow
+def test_the_tests_for_a_gpu_can_be_run() -> None:
+    """On the CPU, where those of one net and those of the data say whether their code still fits the package."""
+    chosen = ["-m", "gpu", "-k", "tutorial or batches or epoch or float or resumed", ROOT / "tests/test_gpu.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *map(str, chosen)],
+        cwd=ROOT,
+        env={**os.environ, "LIT_CIFAR_TEST_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout
+    assert gpu.tests(done.stdout)["figures"] == "6 passed"
