@@ -3,6 +3,7 @@
 As a program, `python -m test_loop FLAGS then FLAGS ...`, this file trains several times in the same processes.
 """
 
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 import lit_cifar.fit
 from lit_cifar.cli.command import CLI
 from lit_cifar.data.datamodule import CIFAR10DataModule
+from lit_cifar.log import CHILD_VARIABLE
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.training import loop
 
@@ -159,9 +161,9 @@ def train(run_command: Run, *trainings: str) -> list[str]:
 
 
 def test_the_lean_loop_leaves_what_lightnings_leaves_on_2_processes(run_command: Run) -> None:
-    flags = "--model.schedule onecycle --data.augment.crop 4"
-    stopped = f"{flags} --trainer.max_steps 9"
-    said = train(run_command, flags, f"{flags} {OWN}", stopped, f"{flags} --resume lightning_logs/version_2")
+    flags = "--data.augment.crop 4 --data.augment.flip random"
+    pieces = f"{flags} --trainer.max_steps 9", f"{flags} --trainer.max_steps -1 --resume lightning_logs/version_2"
+    said = train(run_command, flags, f"{flags} {OWN}", *pieces)
     assert said == [f"{STANDS_ASIDE}the profiler is Own"], "the first rank says so, and no other"
     assert_same_states("version_0", "version_1")
     assert weights("version_0").keys() == weights("version_2").keys()
@@ -251,3 +253,4 @@ def test_an_unknown_lightning_keeps_its_own_loop(
 if __name__ == "__main__":
     for flags in " ".join(sys.argv[1:]).split(" then "):
         lit_cifar.fit.main(flags.split())
+        os.environ.pop(CHILD_VARIABLE, None)  # by which the first rank has told the other what to resume
