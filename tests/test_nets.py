@@ -6,9 +6,9 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_cifar.nets import ResNet18, SpeedNet
-from lit_cifar.nets.speednet import BatchNorm
 
 
 def correlated_images() -> torch.Tensor:
@@ -58,14 +58,25 @@ def test_a_block_of_three_convolutions_has_a_residual_connection() -> None:
     torch.testing.assert_close(block(features), block.activation(shortcut), rtol=1e-4, atol=1e-5)
 
 
-def test_batchnorm_stays_float32_beside_half_precision() -> None:
-    net = SpeedNet().bfloat16()
-    for module in net.modules():
-        if isinstance(module, BatchNorm):
-            assert module.running_mean is not None
-            assert {module.bias.dtype, module.weight.dtype, module.running_mean.dtype} == {torch.float32}
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_batchnorm_stays_float32_beside_half_precision(synchronised: bool) -> None:
+    net = SpeedNet()
+    if synchronised:  # as on several GPUs
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net.blocks[0].norm1.running_mean += 1 / 3
+    before = copy.deepcopy(net.blocks[0].norm1.state_dict())
+    net.bfloat16()
+    torch.testing.assert_close(net.blocks[0].norm1.state_dict(), before, rtol=0, atol=0)
+    norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+    assert len(norms) == 6
+    for norm in norms:
+        assert not norm.weight.requires_grad
+        assert {norm.bias.dtype, norm.weight.dtype, norm.running_mean.dtype} == {torch.float32}
     assert net.head.weight.dtype == torch.bfloat16
-    assert net(torch.randn(4, 3, 32, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    if not synchronised:  # which the CPU cannot compute
+        net(torch.randn(4, 3, 32, 32, dtype=torch.bfloat16)).sum().backward()
+        net.bfloat16()
+        assert net.blocks[0].norm1.bias.grad.dtype == torch.float32
 
 
 def test_resnet18_is_channels_last_throughout_and_its_weights_fit_either_layout() -> None:

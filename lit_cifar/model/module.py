@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_cifar import clock
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
@@ -147,8 +148,7 @@ class LitClassifier(LightningModule):
             with clock.timed("whitening", self.mean.device):
                 init_from_images(normalise(images.to(self.mean.device), self.mean, self.std))
         if stage == "fit" and self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
-            # so that statistics are those of the whole batch, as on one device; not available on the CPU
-            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+            self.synchronise_norms()  # not available on the CPU
         if self.tf32 is not None and self.trainer.strategy.root_device.type == "cuda":
             kernels.set_tf32(self.tf32)
 
@@ -170,6 +170,20 @@ class LitClassifier(LightningModule):
         with clock.timed("compile", self.device):
             self._is_compiled = True
             kernels.warm_up(self, stages)
+
+    def synchronise_norms(self) -> None:
+        """Makes BatchNorm's statistics those of the whole batch, as on one device.
+
+        They are equal on all ranks then, so that DDP need not broadcast them before each forward pass. Norms of a class
+        that computes in its own way stay as they are.
+        """
+        for parent in list(self.modules()):
+            for name, norm in parent.named_children():
+                if isinstance(norm, _BatchNorm) and type(norm).forward is _BatchNorm.forward:
+                    setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
+        for path, norm in self.named_modules():
+            if isinstance(norm, nn.SyncBatchNorm) and norm.process_group is None:  # of all ranks
+                self._ddp_params_and_buffers_to_ignore += [f"{path}.{name}" for name, _ in norm.named_buffers()]
 
     def set_classes(self, classes: tuple[str, ...]) -> None:
         """Names the K classes; called again with the same ones it changes nothing.

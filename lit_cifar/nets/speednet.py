@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_cifar.errors import UserError
 
@@ -72,17 +73,32 @@ class SpeedNet(nn.Module):
         logits: Tensor = self.head(features) / features.shape[1]
         return logits
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "SpeedNet":
+        # norms stay float32: their running statistics would stand still in half precision. Here and not in a class of
+        # norms, which would be lost when they are made SyncBatchNorm
+        norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
+        weights = [weight for norm in norms for weight in norm.parameters()]
+        precise = {id(tensor) for norm in norms for tensor in norm.buffers()}
+        precise |= {id(tensor) for weight in weights for tensor in (weight, weight.grad)}
+
+        def apply(tensor: Tensor) -> Tensor:
+            applied: Tensor = fn(tensor)
+            is_half = applied.is_floating_point() and applied.itemsize < 4
+            return tensor.to(applied.device) if is_half and id(tensor) in precise else applied
+
+        return super()._apply(apply, recurse)
+
 
 class Block(nn.Module):
     """Convolution and pooling to half the side, then one convolution, or two with a residual connection."""
 
     def __init__(self, num_in: int, num_out: int, depth: int, activation: str, momentum: float) -> None:
         super().__init__()
-        self.conv1, self.norm1 = _conv(num_in, num_out), BatchNorm(num_out, momentum)
-        self.conv2, self.norm2 = _conv(num_out, num_out), BatchNorm(num_out, momentum)
+        self.conv1, self.norm1 = _conv(num_in, num_out), _norm(num_out, momentum)
+        self.conv2, self.norm2 = _conv(num_out, num_out), _norm(num_out, momentum)
         self.residual = depth == 3
         if self.residual:
-            self.conv3, self.norm3 = _conv(num_out, num_out), BatchNorm(num_out, momentum)
+            self.conv3, self.norm3 = _conv(num_out, num_out), _norm(num_out, momentum)
         self.activation = _activation(activation)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -93,17 +109,11 @@ class Block(nn.Module):
         return features
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm with a trained bias and no trained scale; it stays float32 when the net is moved to another dtype."""
-
-    def __init__(self, num_features: int, momentum: float) -> None:
-        super().__init__(num_features, eps=1e-12, momentum=momentum)
-        self.weight.requires_grad = False
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "BatchNorm":
-        super()._apply(fn, recurse)
-        # running statistics in half precision would stand still
-        return super()._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, recurse)
+def _norm(num_features: int, momentum: float) -> nn.BatchNorm2d:
+    """BatchNorm with a trained bias and no trained scale."""
+    norm = nn.BatchNorm2d(num_features, eps=1e-12, momentum=momentum)
+    norm.weight.requires_grad = False
+    return norm
 
 
 def _conv(num_in: int, num_out: int) -> nn.Conv2d:

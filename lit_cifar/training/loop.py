@@ -14,7 +14,7 @@ from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from lit_cifar import log
@@ -24,8 +24,7 @@ from lit_cifar.errors import calls_chosen
 from lit_cifar.model.module import LitClassifier
 
 KNOWN_VERSIONS = ("2.6.",)  # of Lightning, whose loop this one replaces; tests/test_loop.py compares the two
-OUTER_HOOKS = ("on_train_batch_start", "on_train_batch_end")
-INNER_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+HOOKS = ("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_train_batch_end")
 
 
 def install(trainer: Trainer) -> None:
@@ -43,12 +42,13 @@ def _explain(obstacle: str) -> None:
 class LeanEpochLoop(_TrainingEpochLoop):
     """Does what Lightning's loop does, and leaves the same progress in checkpoints.
 
-    It takes a step itself where only LitClassifier decides what happens between a batch and the weights: on one device,
-    without gradient scaling, clipping or accumulation, and with no callback that is called within the step. Otherwise,
-    and for the first step after a resume, Lightning's own loop does; a debug line says why.
+    It takes a step itself where LitClassifier decides what happens between a batch and the weights, on one device or on
+    several by DDP, and where each batch makes a step. Otherwise, and for the first step after a resume, Lightning's own
+    loop does; a debug line says why.
     """
 
     _obstacle: str | None = None  # why steps are not lean
+    _is_plain = True  # whether nothing stands between the backward pass and the optimiser
     _validates = False
     _overriding: dict[str, list[Callback]]
 
@@ -60,9 +60,13 @@ class LeanEpochLoop(_TrainingEpochLoop):
         super().on_run_start(data_fetcher)
         self._validates = super()._should_check_val_epoch()
         callbacks: list[Callback] = self.trainer.callbacks
-        self._overriding = {
-            hook: [callback for callback in callbacks if _overrides(callback, hook)] for hook in OUTER_HOOKS
-        }
+        self._overriding = {hook: [callback for callback in callbacks if _overrides(callback, hook)] for hook in HOOKS}
+        self._is_plain = not (
+            getattr(self.trainer.precision_plugin, "scaler", None)
+            or self.trainer.gradient_clip_val
+            or getattr(self.trainer.strategy, "_model_averager", None)
+            or any(_overrides(callback, "on_before_optimizer_step") for callback in callbacks)
+        )
         before, self._obstacle = self._obstacle, self._find_obstacle(data_fetcher)
         if self._obstacle and self._obstacle != before and self.trainer.is_global_zero:
             _explain(self._obstacle)
@@ -81,34 +85,24 @@ class LeanEpochLoop(_TrainingEpochLoop):
         """Why Lightning's own loop must take the steps; None where they can be lean."""
         trainer: Any = self.trainer
         precision, loader = trainer.precision_plugin, trainer.train_dataloader
-        within = [
-            f"{type(callback).__name__}.{hook}"
-            for callback in trainer.callbacks
-            for hook in INNER_HOOKS
-            if _overrides(callback, hook)
-        ]
         # what is wanted, and what it is instead
         conditions = (
             (type(trainer.lightning_module) is LitClassifier, "the module is", trainer.lightning_module),
             (type(trainer.datamodule) is CIFAR10DataModule, "the data module is", trainer.datamodule),
             (isinstance(loader, DeviceLoader), "the training loader is", loader),
             (type(data_fetcher) is _PrefetchDataFetcher, "the data fetcher is", data_fetcher),
-            (type(trainer.strategy) is SingleDeviceStrategy, "the strategy is", trainer.strategy),
+            (type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy), "the strategy is", trainer.strategy),
             (type(precision) in (Precision, MixedPrecision), "the precision plugin is", precision),
             (type(trainer.profiler) is PassThroughProfiler, "the profiler is", trainer.profiler),
         )
         for fits, what, found in conditions:
             if not fits:
                 return f"{what} {type(found).__name__}"
-        if getattr(precision, "scaler", None) is not None:
-            return "a gradient scaler is used"
         if len(trainer.optimizers) != 1:
             return f"there are {len(trainer.optimizers)} optimisers"
         if trainer.accumulate_grad_batches != 1:
             return f"gradients of {trainer.accumulate_grad_batches} batches are accumulated"
-        if trainer.gradient_clip_val:
-            return f"gradients are clipped to {trainer.gradient_clip_val}"
-        return f"{within[0]} is called within each step" if within else None
+        return None
 
     @calls_chosen("in training")
     def advance(self, data_fetcher: _DataFetcher) -> None:
@@ -117,9 +111,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
             super().advance(data_fetcher)
             return
         trainer: Any = self.trainer
-        module, optimizer, batch_progress = trainer.lightning_module, trainer.optimizers[0], self.batch_progress
-        optimizer_progress = self.automatic_optimization.optim_progress.optimizer
-        connector, results = trainer._logger_connector, self._results
+        batch_progress, connector, results = self.batch_progress, trainer._logger_connector, self._results
         if self.val_loop.restarting:
             self.val_loop.restarting = False
 
@@ -131,24 +123,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
         results.batch, results.batch_size, results.dataloader_idx = batch, None, None
         self._call("on_train_batch_start", batch, batch_idx)
         batch_progress.increment_started()
-
-        def closure() -> Tensor:
-            with trainer.precision_plugin.forward_context():
-                loss: Tensor = module.training_step(batch, batch_idx)
-            optimizer_progress.zero_grad.increment_ready()
-            optimizer_progress.zero_grad.increment_started()
-            for group in optimizer.param_groups:  # what zero_grad does, in 2 us instead of 25
-                for parameter in group["params"]:
-                    parameter.grad = None
-            optimizer_progress.zero_grad.increment_completed()
-            loss.backward()
-            return loss.detach()
-
-        optimizer_progress.step.increment_ready()
-        with torch.enable_grad():
-            loss = optimizer.step(closure)
-        optimizer_progress.step.increment_completed()
-
+        loss = self._step(batch, batch_idx)
         batch_progress.increment_processed()
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         if self._num_ready_batches_reached():
@@ -163,7 +138,44 @@ class LeanEpochLoop(_TrainingEpochLoop):
             connector.update_train_step_metrics()
 
     @calls_chosen("in training")
+    def _step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Makes a step of a batch, and returns its loss."""
+        trainer: Any = self.trainer
+        strategy, optimizer = trainer.strategy, trainer.optimizers[0]
+        progress = self.automatic_optimization.optim_progress.optimizer
+        scaler = getattr(strategy.precision_plugin, "scaler", None)
+        losses: list[Tensor] = []
+
+        def closure() -> Tensor:
+            loss: Tensor = strategy.training_step(batch, batch_idx)  # through DDP, where there is one
+            losses.append(loss.detach())
+            progress.zero_grad.increment_ready()
+            self._call("on_before_zero_grad", optimizer)
+            progress.zero_grad.increment_started()
+            for group in optimizer.param_groups:  # what zero_grad does, in 2 us instead of 25
+                for parameter in group["params"]:
+                    parameter.grad = None
+            progress.zero_grad.increment_completed()
+            if scaler:
+                loss = scaler.scale(loss)
+            self._call("on_before_backward", loss)
+            loss.backward()
+            self._call("on_after_backward")
+            return losses[-1]
+
+        progress.step.increment_ready()
+        with torch.enable_grad():
+            if self._is_plain:
+                optimizer.step(closure)
+            else:
+                strategy.optimizer_step(optimizer, closure)
+        progress.step.increment_completed()
+        return losses[-1]
+
+    @calls_chosen("in training")
     def _call(self, hook: str, *args: Any) -> None:
+        if not self._overriding[hook]:
+            return
         trainer: Any = self.trainer
         module = trainer.lightning_module
         attributes = vars(module)  # a module's own __setattr__ takes 3 us
