@@ -164,6 +164,10 @@ class Device(TorchDispatchMode):
 
     def dispatch(self, func, args, kwargs):
         name = func._schema.name
+        if name == "aten::_pin_memory":  # a driver would be asked
+            pinned = args[0].clone()
+            pinned.is_pretended_pinned = True
+            return pinned
         ours, others = [], []
 
         def sort(value):
@@ -236,7 +240,8 @@ class Device(TorchDispatchMode):
         if isinstance(tensor, Pretended) and not to_ours:
             self.note("d2h", "aten::_to_copy")
         elif not isinstance(tensor, Pretended) and to_ours:
-            self.note("h2d" if tensor.dim() else "h2d scalar", "aten::_to_copy")
+            asynchronous = kwargs.get("non_blocking") and hasattr(tensor, "is_pretended_pinned")
+            self.note("h2d async" if asynchronous else "h2d" if tensor.dim() else "h2d scalar", "aten::_to_copy")
         elif self.is_ours(target) and kwargs.get("dtype", tensor.dtype) in (None, tensor.dtype):
             return self.wrap(tensor.elem)  # it is there: C++ does not know, and asked for a copy
         else:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pretend import pretended
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -302,6 +303,57 @@ def test_alternating_flips_mirror_each_image_from_epoch_to_epoch(num_ranks: int)
     assert torch.equal(epochs[2], epochs[0])
     unflipped = (epochs[0] == split.images[num_ranks - 1 :: num_ranks]).flatten(1).all(1)
     assert 0.2 < unflipped.float().mean() < 0.8, "a random half starts mirrored"
+
+
+def on_cpu(batches: Batches) -> Batches:
+    return [(images.cpu(), labels.cpu()) for images, labels in batches]
+
+
+@pytest.mark.parametrize("flip", ["random", "alternating"])
+def test_a_gpu_waits_for_no_epoch_and_sees_the_same_images(flip: Any) -> None:
+    split, batches, augment = make_split(), TrainBatches(23, 6, seed=3), Augment(crop=4, flip=flip, cutout=8)
+    with pretended("cuda") as device:
+        loader, on_the_cpu = (DeviceLoader(split, batches, place, augment) for place in (device.device, CPU))
+        for epoch in (0, 1, 2, 5, 4):
+            device.waits.clear()
+            loader.set_epoch(epoch)
+            given = iter(loader)
+            first = next(given)
+            if epoch in (1, 2):  # made ready with the last batch of the epoch before
+                assert not device.waits
+            seen = [first, *given]
+            assert {kind for kind, *_ in device.waits} <= {"h2d async"}
+            assert same(on_cpu(seen), epoch_of(on_the_cpu, epoch))
+        loader.load_state_dict({"epoch": 5, "batch": 2})  # which is ready, from its beginning
+        assert same(on_cpu(list(loader)), epoch_of(on_the_cpu, 5)[2:])
+
+
+def test_evaluation_on_a_gpu_begins_without_waiting() -> None:
+    with pretended("cuda") as device:
+        loader = DeviceLoader(make_split(), EvalBatches(23, 5), device.device)
+        device.waits.clear()
+        assert len(list(loader)) == 5
+        assert [kind for kind, *_ in device.waits] == ["h2d async"]
+
+
+@pytest.mark.parametrize(("kind", "num_epochs", "expected"), [("cuda", None, 4), ("cuda", 3, 3), ("mps", None, 3)])
+def test_each_epoch_is_drawn_once_and_ahead_for_a_gpu_alone(
+    kind: str, num_epochs: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_draws = 0
+
+    def draw(augment: Augment, *args: Any, real: Any = Augment.draw) -> Any:
+        nonlocal num_draws
+        num_draws += 1
+        return real(augment, *args)
+
+    monkeypatch.setattr(Augment, "draw", draw)
+    with pretended(kind) as device:
+        augment = Augment(flip="alternating")
+        loader = DeviceLoader(make_split(), TrainBatches(23, 6), device.device, augment, num_epochs=num_epochs)
+        for epoch in range(3):
+            epoch_of(loader, epoch)
+    assert num_draws == expected
 
 
 def test_evaluation_gives_the_images_as_they_are() -> None:

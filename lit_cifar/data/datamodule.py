@@ -175,7 +175,8 @@ class CIFAR10DataModule(LightningDataModule):
     def train_dataloader(self) -> DeviceLoader:
         batches = self.train_batches()
         transform = nn.Sequential(*self.transform) if self.transform else None
-        return DeviceLoader(self.train, batches, self._device(), self.augment, transform, self.num_workers)
+        num_epochs = self.trainer.max_epochs if self.trainer else None
+        return DeviceLoader(self.train, batches, self._device(), self.augment, transform, self.num_workers, num_epochs)
 
     def val_dataloader(self) -> DeviceLoader | list[DeviceLoader]:
         return self._eval_loader(self._val) if self._val else []
