@@ -164,7 +164,7 @@ class Device(TorchDispatchMode):
 
     def dispatch(self, func, args, kwargs):
         name = func._schema.name
-        if name == "aten::_pin_memory":  # a driver would be asked
+        if name in ("aten::pin_memory", "aten::_pin_memory"):  # a driver would be asked
             pinned = args[0].clone()
             pinned.is_pretended_pinned = True
             return pinned

@@ -319,7 +319,7 @@ def _is_ended(trainer: Trainer) -> bool:
 
 def _is_over(trainer: Trainer) -> bool:
     """Whether the training run ends with this epoch; asked of the loop itself, it would count the epoch too soon."""
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     return _is_ended(trainer) or (
         trainer.global_step == trainer.max_steps or loop.epoch_progress.current.processed == loop.max_epochs
     )
