@@ -6,6 +6,7 @@ import re
 import weakref
 from collections.abc import Iterator
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torchvision.transforms import v2
 
 from lit_cifar.data import loader as loader_module
 from lit_cifar.data.augment import Augment
+from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches
 from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
@@ -149,6 +151,31 @@ def test_evaluation_takes_every_image_once_in_equally_many_batches(
 def test_an_evaluation_batch_has_at_least_one_image() -> None:
     with pytest.raises(UserError, match=r"eval_batch_size 0"):
         EvalBatches(10, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "memory_bytes", "chosen", "expected"),
+    [("cuda", 8e9, None, 2000), ("cuda", 6e9, None, 500), ("cuda", 8e9, 7, 7), ("mps", 0, None, 500)],
+)
+def test_evaluation_batches_are_large_where_there_is_memory(
+    kind: str, memory_bytes: float, chosen: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = CIFAR10DataModule(dataset="shapes", eval_batch_size=chosen)
+    data.setup("test")
+    with pretended(kind) as device:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory_bytes))
+        strategy = SimpleNamespace(root_device=device.device, broadcast=lambda size: size)
+        data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1)  # type: ignore[assignment]
+        batches = data.test_dataloader().batches
+        assert batches.batch_size == expected
+
+
+def test_ranks_with_unequal_gpus_evaluate_equally_many_batches() -> None:
+    data = CIFAR10DataModule(dataset="shapes")
+    data.setup("test")
+    strategy = SimpleNamespace(root_device=CPU, broadcast=lambda size: 4 * size)  # rank 0 has the larger one
+    data.trainer = SimpleNamespace(strategy=strategy, global_rank=1, world_size=2)  # type: ignore[assignment]
+    assert len(data.test_dataloader()) == 1
 
 
 # ---- DeviceLoader ----
