@@ -14,11 +14,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    Callback,
-    Checkpoint,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback, Checkpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_cifar import clock, log
@@ -182,7 +178,7 @@ class Checkpoints(Checkpoint):
             return
         due = (
             time.monotonic() - self._saved_at >= self.epoch_end_seconds
-            or (self.best_step or 0) > self._saved_step  # or a resumed run would give up the best, which it had not had
+            or (self.best_step or 0) > self._saved_step  # a run resumed before its best would have to give that up
             or trainer.global_step % self.every_n_train_steps == 0
             or _is_over(trainer)
         )
