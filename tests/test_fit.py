@@ -25,6 +25,7 @@ from helpers import (
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from pretend import Device, pretended
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
@@ -38,6 +39,8 @@ from lit_cifar.model.module import LitClassifier
 from lit_cifar.model.optim import lr_factor
 from lit_cifar.nets import Net
 from lit_cifar.run.save import DurableCheckpointIO
+from lit_cifar.training.dashboard import Dashboard
+from lit_cifar.training.loop import LeanEpochLoop
 
 FEW = ["--trainer.limit_train_batches", "60"]
 AUGMENT = ["--data.augment.crop", "4", "--data.augment.flip", "random", "--data.augment.cutout", "8"]
@@ -397,6 +400,25 @@ def test_the_parts_of_a_run_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     seconds = results("version_0")["seconds"]
     expected = {"steps": 6.25, "save": 7e2, "whitening": 1e6, "compile": 1e8, "graph": 1e10}  # six states and the best
     assert {part: seconds[part] for part in clock.PARTS} == expected
+
+
+def test_no_epoch_begins_with_a_wait_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[list[str]] = []  # of each step, with what came before it since the last
+
+    def step(loop: LeanEpochLoop, *args: Any, real: Any = LeanEpochLoop.advance) -> None:
+        real(loop, *args)
+        waits.append([kind for kind, *_ in Device.current.waits])
+        Device.current.waits.clear()
+
+    monkeypatch.setattr(LeanEpochLoop, "advance", step)
+    monkeypatch.setattr(Dashboard, "on_fit_start", lambda *args: None)  # torch's tracer goes past the pretence
+    flags = ["--dataset", "shapes", "--batch_size", "50", "--max_epochs", "3", "--trainer.limit_test_batches", "1"]
+    flags += ["--data.num_val", "9900", "--trainer.limit_val_batches", "0", "--data.eval_batch_size", "50"]
+    with pretended("cuda"):
+        lit_cifar.fit.main([*flags, "--data.augment.crop", "4", "--data.augment.flip", "alternating"])
+    assert (waits[2], waits[4]) == ([], []), "the first steps of the second and third epoch"
+    assert [kinds.count("h2d async") for kinds in waits[1:]] == [2, 0, 2, 0, 0]  # indices and offsets, ahead
+    assert not any("h2d" in kinds for kinds in waits[1:])
 
 
 def test_a_second_counts_once_and_after_what_the_device_has_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
