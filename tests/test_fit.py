@@ -414,6 +414,7 @@ def test_no_epoch_begins_with_a_wait_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Dashboard, "on_fit_start", lambda *args: None)  # torch's tracer goes past the pretence
     flags = ["--dataset", "shapes", "--batch_size", "50", "--max_epochs", "3", "--trainer.limit_test_batches", "1"]
     flags += ["--data.num_val", "9900", "--trainer.limit_val_batches", "0", "--data.eval_batch_size", "50"]
+    flags += ["--checkpoint.epoch_end_seconds", "1e9"]
     with pretended("cuda"):
         lit_cifar.fit.main([*flags, "--data.augment.crop", "4", "--data.augment.flip", "alternating"])
     assert (waits[2], waits[4]) == ([], []), "the first steps of the second and third epoch"
