@@ -363,6 +363,21 @@ def test_evaluation_on_a_gpu_begins_without_waiting() -> None:
         assert [kind for kind, *_ in device.waits] == ["h2d async"]
 
 
+def test_a_mac_waits_for_the_copies_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[bool] = []
+
+    def to(tensor: Tensor, *args: Any, non_blocking: bool = False, real: Any = Tensor.to, **kwargs: Any) -> Tensor:
+        copies.append(non_blocking)
+        return real(tensor, *args, **kwargs)
+
+    with pretended("mps") as device:
+        loader = DeviceLoader(make_split(), TrainBatches(23, 6), device.device, AUGMENT, Noise())
+        monkeypatch.setattr(Tensor, "to", to)
+        assert len(list(loader)) == 4
+    assert copies
+    assert not any(copies), "their memory may be freed before they are made"
+
+
 @pytest.mark.parametrize(("kind", "num_epochs", "expected"), [("cuda", None, 4), ("cuda", 3, 3), ("mps", None, 3)])
 def test_each_epoch_is_drawn_once_and_ahead_for_a_gpu_alone(
     kind: str, num_epochs: int | None, expected: int, monkeypatch: pytest.MonkeyPatch

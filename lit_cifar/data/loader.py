@@ -232,8 +232,8 @@ class DeviceLoader:
             yield images_and_labels
 
     def _make_ready(self, epoch: int) -> None:
-        # While a GPU is still busy with the steps before, so that it need not wait when the epoch begins. A CPU would
-        # wait all the same, and hold two epochs.
+        # while a GPU is busy with the steps before, so that it need not wait when the epoch begins; a CPU would be kept
+        # from its steps all the same, and hold two epochs
         if self.device.type == "cuda" and isinstance(self.batches, TrainBatches) and epoch != self._num_epochs:
             self._ready[epoch] = self._make(epoch)
 
@@ -284,8 +284,9 @@ class DeviceLoader:
         shares = list(epoch.indices.split(epoch.sizes))
         shares_on_device = epoch.indices_on_device.split(epoch.sizes)
         batches = self._workers.batches(number, shares)
-        for share, (images, labels) in zip(shares_on_device, batches, strict=True):
-            images = images.to(self.device, non_blocking=True)
+        pinned = self.device.type == "cuda"  # elsewhere a copy might read what is freed by then
+        for share, batch in zip(shares_on_device, batches, strict=True):
+            images, labels = (part.to(self.device, non_blocking=pinned) for part in batch)
             if self.augment is not None:
                 images = self.augment.apply(images, epoch.draws[share])
-            yield images, labels.to(self.device, non_blocking=True)
+            yield images, labels
