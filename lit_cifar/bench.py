@@ -166,13 +166,15 @@ def _bench_fit(config: str, num_runs: int, warm: bool, flags: list[str]) -> dict
             newest = results[-1]
             print(
                 f"run {run + 1} of {num_runs}: seed {newest['seed']}, accuracy {100 * newest['accuracy']:.2f} %, "
-                f"fit {newest['seconds']['fit']:.1f} s, whole process {newest['seconds']['total']:.1f} s",
+                f"fit {newest['seconds']['fit']:.1f} s, of it steps {newest['seconds']['steps']:.1f} s, whole process "
+                f"{newest['seconds']['total']:.1f} s",
                 flush=True,
             )
     quantities: dict[str, tuple[Callable[[dict[str, Any]], float | None], int]] = {
         "accuracy, %": (lambda run: 100 * run["accuracy"], 2),
         "accuracy without TTA, %": (lambda run: _percent(run.get("accuracy_without_tta")), 2),
         "fit, s": (lambda run: run["seconds"]["fit"], 2),
+        "of it training steps, s": (lambda run: run["seconds"]["steps"], 2),
         "of it first step (warm-up, compile), s": (lambda run: run["seconds"]["first_step"], 2),
         "start to first step, s": (lambda run: run["seconds"]["start"], 2),
         "whole process, s": (lambda run: run["seconds"]["total"], 2),

@@ -21,7 +21,7 @@ from jsonargparse import Namespace  # noqa: E402
 from lightning.pytorch import Trainer  # noqa: E402
 from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
 
-from lit_cifar import log  # noqa: E402
+from lit_cifar import clock, log  # noqa: E402
 from lit_cifar.cli import checks, finders, machine  # noqa: E402
 from lit_cifar.cli.command import CLI, set_up  # noqa: E402
 from lit_cifar.cli.parser import TRUST, Parser  # noqa: E402
@@ -97,6 +97,7 @@ def train(command: CLI, started: float) -> dict[str, float]:
         UserError: the loss or a weight is no longer finite (DivergedError), or a file cannot be written.
     """
     trainer = command.trainer
+    clock.reset()
     command.begin()
     if command.run is not None:
         command.run.started, command.run.earlier = started, _earlier_seconds(command.run, command.state)
@@ -121,6 +122,7 @@ def train(command: CLI, started: float) -> dict[str, float]:
         "start": (progress.train_started or fit_ended) - started,  # the latter if nothing was left to train
         "first_step": progress.first_step_seconds,
         "fit": fit_ended - fit_started,
+        **clock.seconds(),
     }
 
 

@@ -45,6 +45,7 @@ def test_each_run_is_a_process_with_a_seed_of_its_own(run_command: Run) -> None:
     assert result["accuracy without TTA, %"]["n"] == 2
     fit, total = result["fit, s"]["mean"], result["whole process, s"]["mean"]
     assert 0 < result["of it first step (warm-up, compile), s"]["mean"] < fit < total
+    assert 0 < result["of it training steps, s"]["mean"] < fit
     assert result["start to first step, s"]["mean"] < total
     assert 100 < result["peak resident memory, MB"]["mean"] < 5000
     assert {"device", "versions", "commit"} <= result.keys()

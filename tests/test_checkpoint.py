@@ -2,6 +2,7 @@
 
 import errno
 import io
+import math
 import os
 import pickle
 import time
@@ -12,15 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import disk_with_room_for, error_of
-from lightning.pytorch import Trainer
+from helpers import SHAPES, assert_same_run, disk_with_room_for, error_of, results
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lit_cifar.fit
+from lit_cifar.model.module import LitClassifier
+from lit_cifar.run import save as save_module
 from lit_cifar.run.folder import RUNS, Run
 from lit_cifar.run.logger import RunLogger, scalars_at
 from lit_cifar.run.read import find_checkpoint, read_checkpoint
 from lit_cifar.run.save import Checkpoints, DurableCheckpointIO, get_random_state, set_random_state
+from lit_cifar.training.loop import LeanEpochLoop
 
 CHECKPOINT = {
     "state_dict": {"net.weight": torch.arange(250_000.0)},
@@ -112,8 +117,140 @@ def test_weights_that_are_not_finite_are_not_saved(value: float) -> None:
     assert message.startswith("step 12: net.bias is not finite")
 
 
-def test_saving_every_0_steps_is_refused() -> None:
-    assert "every_n_train_steps 0" in error_of(Checkpoints, 0)
+@pytest.mark.parametrize(
+    "setting", [{"every_n_train_steps": 0}, {"every_n_minutes": 0.0}, {"epoch_end_seconds": -1.0}, {"num_kept": 0}]
+)
+def test_a_setting_out_of_its_range_is_refused(setting: dict[str, Any]) -> None:
+    ((name, value),) = setting.items()
+    assert f"--checkpoint.{name} {value} is out of range" in error_of(lambda: Checkpoints(**setting))
+
+
+# ---- when ----
+
+SHORT_EPOCHS = [
+    *SHAPES,
+    "--batch_size",
+    "20",
+    "--trainer.limit_train_batches",
+    "3",
+    "--trainer.limit_test_batches",
+    "1",
+]
+ONLY_AT_THE_END = ["--checkpoint.epoch_end_seconds", "1e9"]
+
+
+@pytest.fixture
+def saves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Name and step of each save of a run whose steps take five seconds."""
+    noted: list[tuple[str, int]] = []
+    num_steps = 0
+
+    def note(self: Checkpoints, trainer: Trainer, name: str, real: Any = Checkpoints._save) -> None:
+        noted.append((name, trainer.global_step))
+        real(self, trainer, name)
+
+    def step(self: Checkpoints, *args: Any, real: Any = Checkpoints.on_train_batch_end) -> None:
+        nonlocal num_steps
+        num_steps += 1
+        real(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "_save", note)
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", step)
+    monkeypatch.setattr(save_module, "time", SimpleNamespace(monotonic=lambda: 5.0 * num_steps, perf_counter=float))
+    return noted
+
+
+class EndsRun(Callback):
+    """Ends a run at the end of its second epoch."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        (["--max_epochs", "5"], [6, 12, 15]),  # an epoch takes 15 seconds
+        (["--max_epochs", "1"], [3]),
+        (["--max_epochs", "3", "--checkpoint.epoch_end_seconds", "0"], [3, 6, 9]),
+        (["--max_epochs", "3", "--checkpoint.epoch_end_seconds", "15.5"], [6, 9]),
+        (["--max_epochs", "3", *ONLY_AT_THE_END], [9]),
+        (["--max_epochs", "-1", "--trainer.max_steps", "6", *ONLY_AT_THE_END], [6]),
+        (["--max_epochs", "-1", "--trainer.max_steps", "5", *ONLY_AT_THE_END], [5]),
+        (["--max_epochs", "3", "--trainer.callbacks+=test_checkpoint.EndsRun", *ONLY_AT_THE_END], [6]),
+        (["--max_epochs", "3", "--checkpoint.every_n_train_steps", "3", *ONLY_AT_THE_END], [3, 6, 9]),
+        (["--max_epochs", "3", "--checkpoint.every_n_train_steps", "2", *ONLY_AT_THE_END], [2, 4, 6, 8, 9]),
+        (["--max_epochs", "4", "--checkpoint.every_n_minutes", "0.5", *ONLY_AT_THE_END], [6, 12]),
+    ],
+)
+def test_an_epochs_end_is_saved_after_some_seconds_and_a_runs_end_always(
+    flags: list[str], steps: list[int], saves: list[tuple[str, int]]
+) -> None:
+    lit_cifar.fit.main([*SHORT_EPOCHS, *flags])
+    assert saves == [("last", step) for step in steps]
+    assert read_checkpoint(RUNS / "version_0" / "checkpoints" / "last.ckpt").step == steps[-1]
+
+
+def test_a_best_state_is_never_newer_than_the_last(saves: list[tuple[str, int]]) -> None:
+    # or a run that is killed and resumed would have to give it up, with the states after its last
+    flags = ["--max_epochs", "4", "--data.num_val", "100", "--lr", "0", "--checkpoint.monitor", "val/accuracy"]
+    lit_cifar.fit.main([*SHORT_EPOCHS, *flags, *ONLY_AT_THE_END])
+    assert saves == [("best", 3), ("last", 3), ("last", 12)]
+
+
+def test_a_run_that_its_module_ends_unannounced_is_saved(
+    saves: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: LitClassifier, *args: Any) -> None:  # which comes after the callbacks' own
+        self.trainer.should_stop = self.trainer.global_step == 4
+
+    monkeypatch.setattr(LitClassifier, "on_train_batch_end", stop)
+    monkeypatch.setattr(LeanEpochLoop, "_find_obstacle", lambda *args: "a module's hook")
+    lit_cifar.fit.main([*SHORT_EPOCHS, "--max_epochs", "3", *ONLY_AT_THE_END])
+    assert saves == [("last", 4)]
+    assert results("version_0")["checkpoint"] == "last"
+    lit_cifar.fit.main(["--resume", "auto", "--max_epochs", "4"])
+    assert saves[-1][1] > 4
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_ranks_save_an_epochs_end_together(says: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, ...]] = []
+    saved: list[str] = []
+
+    def ask(*questions: bool, wait: bool) -> tuple[bool, bool]:
+        asked.append(questions)
+        return False, says
+
+    callback = Checkpoints(epoch_end_seconds=0.0 if not says else math.inf)
+    monkeypatch.setattr(callback, "_agreement", SimpleNamespace(ask=ask))
+    monkeypatch.setattr(callback, "_save", lambda trainer, name: saved.append(name))
+    progress = SimpleNamespace(current=SimpleNamespace(processed=1))
+    trainer: Any = SimpleNamespace(is_last_batch=True, global_step=7, max_steps=-1, should_stop=False)
+    trainer.fit_loop = SimpleNamespace(max_epochs=9, epoch_progress=progress)
+    callback.on_train_epoch_end(trainer, None)  # type: ignore[arg-type]
+    assert asked[0] == (False, not says), "what this rank thinks"
+    assert saved == (["last"] if says else []), "what all have agreed on"
+
+
+def test_a_run_killed_after_an_epoch_that_was_not_saved_ends_with_the_same_bits() -> None:
+    flags = [*SHORT_EPOCHS, "--max_epochs", "4", "--checkpoint.every_n_train_steps", "5", *ONLY_AT_THE_END]
+    flags += ["--data.augment.crop", "4", "--data.augment.flip", "alternating", "--lr", "0.05"]
+    lit_cifar.fit.main(flags)
+    with pytest.raises(ZeroDivisionError):
+        lit_cifar.fit.main([*flags, "--trainer.callbacks+=test_checkpoint.BreaksRun"])
+    killed = RUNS / "version_1"
+    assert read_checkpoint(killed / "checkpoints" / "last.ckpt").step == 5, "within the second of three epochs"
+    lit_cifar.fit.main(["--resume", str(killed), "--trust", "true", "--trainer.callbacks", "null"])
+    assert_same_run("version_0", "version_1")
+
+
+class BreaksRun(Callback):
+    """Ends a run, as `kill -9` would, at the beginning of its fourth epoch."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 3:
+            raise ZeroDivisionError
 
 
 def test_a_resumed_run_continues_the_random_draws(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """The fit and test commands in this process: what they write, resume to the bit, and the tutorial's recipe."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,14 +25,22 @@ from helpers import (
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from pretend import Device, pretended
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from torch.utils.tensorboard import SummaryWriter
 
 import lit_cifar.fit
 import lit_cifar.test
+from lit_cifar import clock
+from lit_cifar.data.loader import DeviceLoader
 from lit_cifar.errors import UserError
+from lit_cifar.model.module import LitClassifier
 from lit_cifar.model.optim import lr_factor
 from lit_cifar.nets import Net
+from lit_cifar.run.save import DurableCheckpointIO
+from lit_cifar.training.dashboard import Dashboard
+from lit_cifar.training.loop import LeanEpochLoop
 
 FEW = ["--trainer.limit_train_batches", "60"]
 AUGMENT = ["--data.augment.crop", "4", "--data.augment.flip", "random", "--data.augment.cutout", "8"]
@@ -355,8 +365,91 @@ def test_seconds_and_memory_of_a_run_fit_together() -> None:
     seconds = report["seconds"]
     assert 0 < seconds["first_step"] < seconds["fit"]
     assert seconds["start"] + seconds["first_step"] + seconds["test"] < seconds["total"]
+    parts = {part: seconds[part] for part in clock.PARTS}
+    assert sum(parts.values()) < seconds["fit"]
+    assert [part for part, spent in parts.items() if not spent] == ["whitening", "compile"]
     # in bytes; this process has all tests before it in it
     assert 1e8 < report["peak_memory"]["resident"] < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_parts_of_a_run_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def takes(seconds: float, owner: Any, name: str, replaced: bool = False) -> None:
+        """From now on a call takes so many seconds, and all else none; with `replaced` it does nothing else."""
+        real = getattr(owner, name, None)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return None if replaced or real is None else real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call, raising=False)
+
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now))
+    takes(1, LitClassifier, "training_step")
+    takes(0.125, DeviceLoader, "_make")  # an epoch's beginning
+    takes(1e2, DurableCheckpointIO, "save_checkpoint")
+    takes(1e4, LitClassifier, "validation_step")
+    takes(1e6, Net, "init_from_images")  # which it has not
+    takes(1e8, torch.nn.Module, "compile", replaced=True)
+    takes(1e10, SummaryWriter, "add_graph", replaced=True)
+    few = ["--trainer.limit_train_batches", "3", "--data.num_val", "100", "--trainer.val_check_interval", "2"]
+    saves = ["--checkpoint.every_n_train_steps", "1", "--max_epochs", "2", "--lr", "0"]
+    lit_cifar.fit.main([*SHORT, *few, *saves, "--compile", "true"])
+    seconds = results("version_0")["seconds"]
+    expected = {"steps": 6.25, "save": 7e2, "whitening": 1e6, "compile": 1e8, "graph": 1e10}  # six states and the best
+    assert {part: seconds[part] for part in clock.PARTS} == expected
+
+
+def test_no_epoch_begins_with_a_wait_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[list[str]] = []  # of each step, with what came before it since the last
+
+    def step(loop: LeanEpochLoop, *args: Any, real: Any = LeanEpochLoop.advance) -> None:
+        real(loop, *args)
+        waits.append([kind for kind, *_ in Device.current.waits])
+        Device.current.waits.clear()
+
+    monkeypatch.setattr(LeanEpochLoop, "advance", step)
+    monkeypatch.setattr(Dashboard, "on_fit_start", lambda *args: None)  # torch's tracer goes past the pretence
+    flags = ["--dataset", "shapes", "--batch_size", "50", "--max_epochs", "3", "--trainer.limit_test_batches", "1"]
+    flags += ["--data.num_val", "9900", "--trainer.limit_val_batches", "0", "--data.eval_batch_size", "50"]
+    flags += ["--checkpoint.epoch_end_seconds", "1e9"]
+    with pretended("cuda"):
+        lit_cifar.fit.main([*flags, "--data.augment.crop", "4", "--data.augment.flip", "alternating"])
+    assert (waits[2], waits[4]) == ([], []), "the first steps of the second and third epoch"
+    assert [kinds.count("h2d async") for kinds in waits[1:]] == [2, 0, 2, 0, 0]  # indices and offsets, ahead
+    assert not any("h2d" in kinds for kinds in waits[1:])
+
+
+def test_a_second_counts_once_and_after_what_the_device_has_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def pass_by(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: pass_by(0.5))  # whatever was launched before
+    clock.reset()
+    clock.start("steps")
+    clock.start("steps")
+    pass_by(1)
+    with clock.timed("save", torch.device("cuda", 0)):
+        pass_by(10)
+        with clock.timed("save"):
+            pass_by(10)
+    pass_by(1)
+    with contextlib.suppress(ZeroDivisionError), clock.timed("graph", torch.device("cpu")):
+        pass_by(100)
+        raise ZeroDivisionError
+    clock.stop("steps", torch.device("cuda", 0))
+    pass_by(1000)
+    clock.stop("steps")
+    expected = {"steps": 3.0, "save": 20.5, "graph": 100.0}
+    assert clock.seconds() == {**dict.fromkeys(clock.PARTS, 0.0), **expected}
+    clock.reset()
+    assert set(clock.seconds().values()) == {0.0}
 
 
 def test_a_run_shorter_than_the_logging_interval_logs_its_end() -> None:

@@ -6,16 +6,19 @@ import re
 import weakref
 from collections.abc import Iterator
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pretend import pretended
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from lit_cifar.data import loader as loader_module
 from lit_cifar.data.augment import Augment
+from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches
 from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
@@ -148,6 +151,31 @@ def test_evaluation_takes_every_image_once_in_equally_many_batches(
 def test_an_evaluation_batch_has_at_least_one_image() -> None:
     with pytest.raises(UserError, match=r"eval_batch_size 0"):
         EvalBatches(10, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "memory_bytes", "chosen", "expected"),
+    [("cuda", 8e9, None, 2000), ("cuda", 6e9, None, 500), ("cuda", 8e9, 7, 7), ("mps", 0, None, 500)],
+)
+def test_evaluation_batches_are_large_where_there_is_memory(
+    kind: str, memory_bytes: float, chosen: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = CIFAR10DataModule(dataset="shapes", eval_batch_size=chosen)
+    data.setup("test")
+    with pretended(kind) as device:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory_bytes))
+        strategy = SimpleNamespace(root_device=device.device, broadcast=lambda size: size)
+        data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1)  # type: ignore[assignment]
+        batches = data.test_dataloader().batches
+        assert batches.batch_size == expected
+
+
+def test_ranks_with_unequal_gpus_evaluate_equally_many_batches() -> None:
+    data = CIFAR10DataModule(dataset="shapes")
+    data.setup("test")
+    strategy = SimpleNamespace(root_device=CPU, broadcast=lambda size: 4 * size)  # rank 0 has the larger one
+    data.trainer = SimpleNamespace(strategy=strategy, global_rank=1, world_size=2)  # type: ignore[assignment]
+    assert len(data.test_dataloader()) == 1
 
 
 # ---- DeviceLoader ----
@@ -302,6 +330,72 @@ def test_alternating_flips_mirror_each_image_from_epoch_to_epoch(num_ranks: int)
     assert torch.equal(epochs[2], epochs[0])
     unflipped = (epochs[0] == split.images[num_ranks - 1 :: num_ranks]).flatten(1).all(1)
     assert 0.2 < unflipped.float().mean() < 0.8, "a random half starts mirrored"
+
+
+def on_cpu(batches: Batches) -> Batches:
+    return [(images.cpu(), labels.cpu()) for images, labels in batches]
+
+
+@pytest.mark.parametrize("flip", ["random", "alternating"])
+def test_a_gpu_waits_for_no_epoch_and_sees_the_same_images(flip: Any) -> None:
+    split, batches, augment = make_split(), TrainBatches(23, 6, seed=3), Augment(crop=4, flip=flip, cutout=8)
+    with pretended("cuda") as device:
+        loader, on_the_cpu = (DeviceLoader(split, batches, place, augment) for place in (device.device, CPU))
+        for epoch in (0, 1, 2, 5, 4):
+            device.waits.clear()
+            loader.set_epoch(epoch)
+            given = iter(loader)
+            first = next(given)
+            if epoch in (1, 2):  # made ready with the last batch of the epoch before
+                assert not device.waits
+            seen = [first, *given]
+            assert {kind for kind, *_ in device.waits} <= {"h2d async"}
+            assert same(on_cpu(seen), epoch_of(on_the_cpu, epoch))
+        loader.load_state_dict({"epoch": 5, "batch": 2})  # which is ready, from its beginning
+        assert same(on_cpu(list(loader)), epoch_of(on_the_cpu, 5)[2:])
+
+
+def test_evaluation_on_a_gpu_begins_without_waiting() -> None:
+    with pretended("cuda") as device:
+        loader = DeviceLoader(make_split(), EvalBatches(23, 5), device.device)
+        device.waits.clear()
+        assert len(list(loader)) == 5
+        assert [kind for kind, *_ in device.waits] == ["h2d async"]
+
+
+def test_a_mac_waits_for_the_copies_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[bool] = []
+
+    def to(tensor: Tensor, *args: Any, non_blocking: bool = False, real: Any = Tensor.to, **kwargs: Any) -> Tensor:
+        copies.append(non_blocking)
+        return real(tensor, *args, **kwargs)
+
+    with pretended("mps") as device:
+        loader = DeviceLoader(make_split(), TrainBatches(23, 6), device.device, AUGMENT, Noise())
+        monkeypatch.setattr(Tensor, "to", to)
+        assert len(list(loader)) == 4
+    assert copies
+    assert not any(copies), "their memory may be freed before they are made"
+
+
+@pytest.mark.parametrize(("kind", "num_epochs", "expected"), [("cuda", None, 4), ("cuda", 3, 3), ("mps", None, 3)])
+def test_each_epoch_is_drawn_once_and_ahead_for_a_gpu_alone(
+    kind: str, num_epochs: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_draws = 0
+
+    def draw(augment: Augment, *args: Any, real: Any = Augment.draw) -> Any:
+        nonlocal num_draws
+        num_draws += 1
+        return real(augment, *args)
+
+    monkeypatch.setattr(Augment, "draw", draw)
+    with pretended(kind) as device:
+        augment = Augment(flip="alternating")
+        loader = DeviceLoader(make_split(), TrainBatches(23, 6), device.device, augment, num_epochs=num_epochs)
+        for epoch in range(3):
+            epoch_of(loader, epoch)
+    assert num_draws == expected
 
 
 def test_evaluation_gives_the_images_as_they_are() -> None:

@@ -342,7 +342,7 @@ def test_seconds_cover_the_whole_run_and_results_of_before_are_set_aside(capsys:
     seconds = results("version_0")["seconds"]
     assert seconds["pieces"][0] == first["seconds"]["pieces"][0]
     assert len(seconds["pieces"]) == 2
-    for key in ("start", "first_step", "fit", "test", "total"):
+    for key in ("start", "first_step", "fit", "steps", "save", "test", "total"):
         assert seconds[key] == pytest.approx(sum(piece[key] for piece in seconds["pieces"]))
         assert all(piece[key] > 0 for piece in seconds["pieces"])
     assert json.loads((RUNS / "version_0" / "results-4.json").read_text()) == first, "nothing is lost"
@@ -372,7 +372,7 @@ def test_a_killed_piece_counts_up_to_its_last_save_and_is_not_done(capsys: pytes
     assert capsys.readouterr().out.splitlines()[1].endswith("no results: has a checkpoint")
     noted = read_checkpoint(run / "checkpoints" / "last.ckpt").chosen["seconds"]
     assert noted[0] == first["seconds"]["pieces"][0]
-    assert 0 < noted[1]["fit"] < noted[1]["total"]
+    assert 0 < noted[1]["steps"] + noted[1]["save"] < noted[1]["fit"] < noted[1]["total"]
     lit_cifar.fit.main(["--resume", "auto", "--trust", "true", "--trainer.callbacks", "null"])
     pieces = results("version_0")["seconds"]["pieces"]
     assert (len(pieces), pieces[:2]) == (3, noted)

@@ -1,6 +1,7 @@
 """Crop, flip, cutout and colour as arithmetic on a batch of uint8 images. Nothing here knows epochs: `draw` takes a
 generator that loader.py has seeded, and `apply` takes what was drawn."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,10 +28,11 @@ class Draws:
 
     def __getitem__(self, indices: Tensor) -> "Draws":
         """The draws of the images at `indices` (B,) int64."""
-        return Draws(*(None if field is None else field[indices] for field in vars(self).values()))
+        return self.map(lambda field: field[indices])
 
-    def to(self, device: torch.device) -> "Draws":
-        return Draws(*(None if field is None else field.to(device) for field in vars(self).values()))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Draws":
+        """The same with each field that is on changed."""
+        return Draws(*(None if field is None else change(field) for field in vars(self).values()))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
 
 NUM_WORKERS = 2
+# On a CPU 2,000 images at once take 10 % longer each than 500, and SpeedNet 0.75 GB more memory (one thread).
+EVAL_BATCH, GPU_EVAL_BATCH = 500, 2000
+LARGE_GPU = 7 * 2**30  # bytes, which a card of 8 GB has; an activation of ResNet-18 is 0.5 GB for 2,000 images
 
 
 class CIFAR10DataModule(LightningDataModule):
@@ -34,7 +37,8 @@ class CIFAR10DataModule(LightningDataModule):
         dataset: 'cifar10' or 'cifar100' (its 100 fine classes), from data_dir; or 'shapes', ten classes of drawn
             shapes, embedded, nothing to download. Where data_dir is a tree or its archive, the tree decides.
         batch_size: images in the batch of one optimiser step, shared by all devices.
-        eval_batch_size: most images in one device's batch in validation and test; it changes no result.
+        eval_batch_size: most images in one device's batch in validation and test; null: 2,000 on a CUDA GPU of 8 GB or
+            more, else 500. It changes no accuracy, and the loss in its last digits at most.
         num_val: images taken from the training set for validation, equally many of each class; 0 is none. The test set
             is never used for selection.
         augment: built-in augmentation of training images, on the device, after the transform.
@@ -55,7 +59,7 @@ class CIFAR10DataModule(LightningDataModule):
         data_dir: str = DEFAULT_DATA_DIR,
         dataset: Literal["cifar10", "cifar100", "shapes"] = "cifar10",
         batch_size: PositiveInt = 4,
-        eval_batch_size: PositiveInt = 500,
+        eval_batch_size: PositiveInt | None = None,
         num_val: NonNegativeInt = 0,
         augment: Augment = Augment(),  # noqa: B008 (frozen)
         transform: list[nn.Module] | None = None,
@@ -175,7 +179,8 @@ class CIFAR10DataModule(LightningDataModule):
     def train_dataloader(self) -> DeviceLoader:
         batches = self.train_batches()
         transform = nn.Sequential(*self.transform) if self.transform else None
-        return DeviceLoader(self.train, batches, self._device(), self.augment, transform, self.num_workers)
+        num_epochs = self.trainer.max_epochs if self.trainer else None
+        return DeviceLoader(self.train, batches, self._device(), self.augment, transform, self.num_workers, num_epochs)
 
     def val_dataloader(self) -> DeviceLoader | list[DeviceLoader]:
         return self._eval_loader(self._val) if self._val else []
@@ -195,7 +200,14 @@ class CIFAR10DataModule(LightningDataModule):
         return self._eval_batches(split) if split else None
 
     def _eval_batches(self, split: Split) -> EvalBatches:
-        return EvalBatches(len(split.labels), self.eval_batch_size, *self._rank())
+        size = self._default_eval_batch() if self.eval_batch_size is None else self.eval_batch_size
+        return EvalBatches(len(split.labels), size, *self._rank())
+
+    def _default_eval_batch(self) -> int:
+        device = self._device()
+        is_large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU
+        size = GPU_EVAL_BATCH if is_large else EVAL_BATCH
+        return self.trainer.strategy.broadcast(size) if self.trainer else size  # ranks have equally many batches
 
     def _eval_loader(self, split: Split) -> DeviceLoader:
         return DeviceLoader(split, self._eval_batches(split), self._device())

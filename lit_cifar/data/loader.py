@@ -8,7 +8,7 @@ nor what ran before have a say in it.
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -130,6 +130,16 @@ class EvalBatches:
         return mine[sum(sizes[:start]) :], sizes[start:]
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """What the batches of an epoch, or of the rest of one, are made from."""
+
+    indices: Tensor  # (n,) int64 on the CPU, of all batches
+    sizes: list[int]  # images of each batch
+    indices_on_device: Tensor
+    draws: Draws  # of all images, on the device
+
+
 class DeviceLoader:
     """Yields (images, labels) of each batch on the device: images (B, 3, 32, 32) uint8, labels (B,) int64.
 
@@ -143,6 +153,7 @@ class DeviceLoader:
         augment: built-in augmentation, drawn per image and epoch from (seed, epoch); None for evaluation.
         transform: maps one uint8 image (3, 32, 32) to another, for example a torchvision v2 transform.
         num_workers: processes that apply the transform.
+        num_epochs: of the training run, where it is known: none after it is made ready.
     """
 
     def __init__(
@@ -153,6 +164,7 @@ class DeviceLoader:
         augment: Augment | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
         num_workers: int = 0,
+        num_epochs: int | None = None,
     ) -> None:
         self.batches = batches
         self.device = device
@@ -160,6 +172,9 @@ class DeviceLoader:
         self._epoch = 0
         self._start = 0  # batch at which the next iteration starts; 0 again after it
         self._state = {"epoch": 0, "batch": 0}
+        self._num_epochs = num_epochs
+        self._ready: dict[int, Epoch] = {}  # the next epoch, by its number
+        self._first_flips: Tensor | None = None  # (N,) bool on the device
         self.waited_seconds = 0.0  # that whoever iterates has spent waiting for batches
         self.num_workers = num_workers if transform is not None else None  # None: images are made on the device
         if transform is None:
@@ -200,47 +215,78 @@ class DeviceLoader:
         # epoch after that (pytorch-lightning issue 21938).
         epoch, start = self._epoch, self._start
         self._start = 0
-        batches = self._from_device(epoch, start) if self._workers is None else self._from_workers(epoch, start)
+        made = self._ready.pop(epoch, None)
+        self._ready.clear()
+        if made is None or start:
+            made = self._make(epoch, start)
+        batches = self._from_device(made) if self._workers is None else self._from_workers(epoch, made)
         for batch in itertools.count(start):
             asked = time.perf_counter()
             images_and_labels = next(batches, None)
+            if batch + 1 == len(self.batches):
+                self._make_ready(epoch + 1)
             self.waited_seconds += time.perf_counter() - asked
             if images_and_labels is None:
                 return
             self._state = {"epoch": epoch, "batch": batch + 1}
             yield images_and_labels
 
-    def _from_device(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        indices_of_epoch, sizes = self.batches.indices(epoch, start)
+    def _make_ready(self, epoch: int) -> None:
+        # while a GPU is busy with the steps before, so that it need not wait when the epoch begins; a CPU would be kept
+        # from its steps all the same, and hold two epochs
+        if self.device.type == "cuda" and isinstance(self.batches, TrainBatches) and epoch != self._num_epochs:
+            self._ready[epoch] = self._make(epoch)
+
+    def _make(self, epoch: int, start: int = 0) -> Epoch:
+        indices, sizes = self.batches.indices(epoch, start)
+        draws = self._draws(epoch) if sizes else Draws()
+        return Epoch(indices, sizes, self._send(indices), draws)
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """A tensor on the device; a GPU fetches it when its turn comes, and nobody waits."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _draws(self, epoch: int) -> Draws:
+        augment = self.augment
+        if augment is None:
+            return Draws()
+
+        def draw(epoch: int) -> Draws:
+            return augment.draw(len(self.labels), make_generator(getattr(self.batches, "seed", 0), epoch, "augment"))
+
+        draws = draw(epoch)
+        if augment.flip != "alternating":
+            return draws.map(self._send)
+        if self._first_flips is None:
+            first = draw(0).flips if epoch else draws.flips
+            assert first is not None
+            self._first_flips = self._send(first)
+        draws = replace(draws, flips=None).map(self._send)
+        return replace(draws, flips=self._first_flips.logical_not() if epoch % 2 else self._first_flips)
+
+    def _from_device(self, epoch: Epoch) -> Iterator[tuple[Tensor, Tensor]]:
+        sizes = epoch.sizes
         if not sizes:
             return
-        draws = self._draws(epoch)
         per_chunk = max(1, CHUNK // max(1, sizes[0]))
         sizes_of_chunks = [sizes[first : first + per_chunk] for first in range(0, len(sizes), per_chunk)]
-        # the whole epoch's indices at once: a copy to a GPU in its midst would wait for the GPU
-        indices_of_chunks = indices_of_epoch.to(self.device).split([sum(chunk) for chunk in sizes_of_chunks])
+        indices_of_chunks = epoch.indices_on_device.split([sum(chunk) for chunk in sizes_of_chunks])
         for indices, chunk in zip(indices_of_chunks, sizes_of_chunks, strict=True):
             images, labels = self.images.index_select(0, indices), self.labels.index_select(0, indices)
             if self.augment is not None:
-                images = self.augment.apply(images, draws[indices])
+                images = self.augment.apply(images, epoch.draws[indices])
             yield from zip(images.split(chunk), labels.split(chunk), strict=True)
 
-    def _draws(self, epoch: int) -> Draws:
-        if self.augment is None:
-            return Draws()
-        seed, num_images = getattr(self.batches, "seed", 0), len(self.labels)
-        draws = self.augment.draw(num_images, make_generator(seed, epoch, "augment"))
-        if self.augment.flip == "alternating":
-            first_flips = self.augment.draw(num_images, make_generator(seed, 0, "augment")).flips
-            assert first_flips is not None
-            draws = Draws(**{**vars(draws), "flips": first_flips ^ bool(epoch % 2)})
-        return draws.to(self.device)
-
-    def _from_workers(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _from_workers(self, number: int, epoch: Epoch) -> Iterator[tuple[Tensor, Tensor]]:
         assert self._workers is not None
-        shares, draws = self.batches.shares(epoch, start), self._draws(epoch)
-        for share, (images, labels) in zip(shares, self._workers.batches(epoch, shares), strict=True):
-            images = images.to(self.device, non_blocking=True)
+        shares = list(epoch.indices.split(epoch.sizes))
+        shares_on_device = epoch.indices_on_device.split(epoch.sizes)
+        batches = self._workers.batches(number, shares)
+        pinned = self.device.type == "cuda"  # elsewhere a copy might read what is freed by then
+        for share, batch in zip(shares_on_device, batches, strict=True):
+            images, labels = (part.to(self.device, non_blocking=pinned) for part in batch)
             if self.augment is not None:
-                images = self.augment.apply(images, draws[share.to(self.device)])
-            yield images, labels.to(self.device, non_blocking=True)
+                images = self.augment.apply(images, epoch.draws[share])
+            yield images, labels

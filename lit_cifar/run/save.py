@@ -14,14 +14,10 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    Callback,
-    Checkpoint,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback, Checkpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lit_cifar import log
+from lit_cifar import clock, log
 from lit_cifar.errors import DivergedError, UserError, calls_chosen
 from lit_cifar.files import replaced, write_durably, writing
 from lit_cifar.run.folder import Run
@@ -78,8 +74,10 @@ class Checkpoints(Checkpoint):
     At SIGTERM or SIGUSR1, whichever rank gets it, all ranks save after the same step and stop.
 
     Args:
-        every_n_train_steps: optimiser steps between two saves; the end of each epoch is saved besides.
+        every_n_train_steps: optimiser steps between two saves; the end of the training run is saved besides.
         every_n_minutes: minutes between two saves, besides; null is off.
+        epoch_end_seconds: the end of an epoch is saved besides when the newest state is that old, or older than the
+            best; 0 saves each.
         num_kept: how many of the newest states are kept: `last.ckpt`, and before it `last-1.ckpt`, `last-2.ckpt`, ...
         monitor: the logged value that `best.ckpt` follows, where there is validation.
         mode: whether its largest ('max') or smallest ('min') value is best.
@@ -89,6 +87,7 @@ class Checkpoints(Checkpoint):
         self,
         every_n_train_steps: int = 1000,
         every_n_minutes: float | None = None,
+        epoch_end_seconds: float = 30.0,
         num_kept: int = 2,
         monitor: str = "val/accuracy",
         mode: Literal["max", "min"] = "max",
@@ -96,18 +95,21 @@ class Checkpoints(Checkpoint):
         for flag, value, valid in (
             ("every_n_train_steps", every_n_train_steps, every_n_train_steps >= 1),
             ("every_n_minutes", every_n_minutes, every_n_minutes is None or every_n_minutes > 0),
+            ("epoch_end_seconds", epoch_end_seconds, epoch_end_seconds >= 0),
             ("num_kept", num_kept, num_kept >= 1),
         ):
             if not valid:
                 raise UserError(f"--checkpoint.{flag} {value} is out of range; see --help")
         self.every_n_train_steps = every_n_train_steps
         self.every_n_minutes = every_n_minutes
+        self.epoch_end_seconds = epoch_end_seconds
         self.num_kept = num_kept
         self.monitor = monitor
         self.mode = mode
         self._signal: int | None = None  # the newest that came, set by the handler and by nothing else
         self._agreement = Agreement()
-        self._saved_at = 0.0  # on time.monotonic's clock
+        self._saved_at = 0.0  # when last.ckpt was saved, on time.monotonic's clock
+        self._saved_step = 0  # that it is of
         self.run: Run | None = None  # set by the command; without one nothing is saved
         self.best_score: float | None = None  # of best.ckpt, in the line of states that this run goes on from
         self.best_step: int | None = None
@@ -149,7 +151,7 @@ class Checkpoints(Checkpoint):
                     callback.on_train_epoch_start(trainer, pl_module)
         self._agreement = Agreement()
         self._saved_at = time.monotonic()
-        self._seen_step = trainer.global_step
+        self._saved_step = self._seen_step = trainer.global_step
         if len(self._random_states) == trainer.world_size:  # on another number of ranks the draws cannot be continued
             set_random_state(self._random_states[trainer.global_rank])
         self._random_states = []
@@ -174,14 +176,23 @@ class Checkpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_last_batch:
             return
-        self._save(trainer, "last")
-        if self._agree(wait=True)[0]:
+        due = (
+            time.monotonic() - self._saved_at >= self.epoch_end_seconds
+            or (self.best_step or 0) > self._saved_step  # a run resumed before its best would have to give that up
+            or trainer.global_step % self.every_n_train_steps == 0
+            or _is_over(trainer)
+        )
+        interrupted, due = self._agree(due, wait=True)
+        if interrupted or due:
+            self._save(trainer, "last")
+            interrupted, _ = self._agree(wait=True)  # a signal may have come meanwhile
+        if interrupted:
             self._stop(trainer)
 
-    def _agree(self, wait: bool = False) -> tuple[bool, bool]:
+    def _agree(self, due: bool = False, wait: bool = False) -> tuple[bool, bool]:
         """Whether any rank got a signal, and whether one thinks that it is time for a save; the same on all ranks."""
         seconds = time.monotonic() - self._saved_at
-        due = self.every_n_minutes is not None and seconds >= 60 * self.every_n_minutes
+        due = due or (self.every_n_minutes is not None and seconds >= 60 * self.every_n_minutes)
         return self._agreement.ask(self._signal is not None, due, wait=wait)
 
     def _stop(self, trainer: Trainer) -> None:
@@ -191,7 +202,11 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning calls checkpoint callbacks last: what others change at the end is changed by now
-        if self.run is None or not self._saved_weights:
+        if self.run is None:
+            return
+        if trainer.global_step > self._saved_step:  # ended by what is asked after this callback, such as the module
+            self._save(trainer, "last")
+        if not self._saved_weights:
             return
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             return  # others give a rank parts of the weights
@@ -253,15 +268,17 @@ class Checkpoints(Checkpoint):
         if self.run is None:
             return
         path = self.run.checkpoint(name)
+        with clock.timed("save", trainer.strategy.root_device):
+            if name == "last":
+                if trainer.is_global_zero:
+                    with writing(path, _way_out(path)):
+                        self.run.set_results_aside()
+                        keep(path, self.num_kept)
+                self._saved_weights = _versions(trainer.lightning_module)
+            self.stopped = name == "last" and trainer.should_stop
+            trainer.save_checkpoint(path)
         if name == "last":
-            if trainer.is_global_zero:
-                with writing(path, _way_out(path)):
-                    self.run.set_results_aside()
-                    keep(path, self.num_kept)
-            self._saved_weights = _versions(trainer.lightning_module)
-        self.stopped = name == "last" and trainer.should_stop
-        trainer.save_checkpoint(path)
-        self._saved_at = time.monotonic()
+            self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
         states: list[Any] = [get_random_state()]
@@ -272,7 +289,8 @@ class Checkpoints(Checkpoint):
         seconds: list[dict[str, float]] = []  # of the run's pieces, this one up to now
         if self.run is not None:
             now = time.perf_counter()
-            seconds = [*self.run.earlier, {"fit": now - self._fit_started, "total": now - self.run.started}]
+            piece = {"fit": now - self._fit_started, "total": now - self.run.started, **clock.seconds()}
+            seconds = [*self.run.earlier, piece]
         best |= {"stopped": self.stopped}
         return {"run": self.run.identity if self.run else None, **best, "random_states": states, "seconds": seconds}
 
@@ -296,6 +314,14 @@ class Checkpoints(Checkpoint):
 def _is_ended(trainer: Trainer) -> bool:
     """Whether a callback, such as EarlyStopping, ends the training run here, and --trainer.min_epochs lets it."""
     return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
+
+
+def _is_over(trainer: Trainer) -> bool:
+    """Whether the training run ends with this epoch; asked of the loop itself, it would count the epoch too soon."""
+    loop: Any = trainer.fit_loop
+    return _is_ended(trainer) or (
+        trainer.global_step == trainer.max_steps or loop.epoch_progress.current.processed == loop.max_epochs
+    )
 
 
 def _versions(module: LightningModule) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from lit_cifar import clock
 from lit_cifar.errors import DivergedError, calls_chosen
 from lit_cifar.model.data import data_of
 from lit_cifar.model.module import LitClassifier
@@ -65,21 +66,26 @@ class Progress(Callback):
                 )
         self.train_started, self.first_step_seconds = time.perf_counter(), 0.0
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        clock.start("steps")  # the epoch's first batch has a part in them
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        clock.start("steps")
         for speed in self._speeds.values():
             speed.resume()
         self._rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause()
+        self._pause(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause()
+        self._pause(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause()
+        self._pause(trainer)
 
-    def _pause(self) -> None:
+    def _pause(self, trainer: Trainer) -> None:
+        clock.stop("steps", trainer.strategy.root_device)
         for speed in self._speeds.values():
             speed.pause()
 
@@ -99,6 +105,7 @@ class Progress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not self.first_step_seconds:
+            clock.wait_for(trainer.strategy.root_device)
             self.first_step_seconds = time.perf_counter() - self.train_started
         self._losses.append(outputs["loss"])
         for speed in self._speeds.values():
