@@ -4,7 +4,8 @@ lit_cifar.COMMAND ...`. Which commands there are; what they do is in their own m
 import runpy
 import sys
 
-from lit_cifar import __version__, errors
+import lit_cifar
+from lit_cifar import errors
 from lit_cifar.errors import UserError
 from lit_cifar.text import definitions, nearest
 
@@ -36,7 +37,7 @@ def main() -> None:
 def _answer(args: list[str]) -> None:
     """What is said without a command."""
     if args[:1] == ["--version"]:
-        print(f"lit_cifar {__version__}")
+        print(f"lit_cifar {lit_cifar.__version__}")
     elif not args or args[0] in ("-h", "--help"):
         print("usage: lit_cifar COMMAND ...\n\nCIFAR-10 with PyTorch Lightning. The commands:\n")
         print(definitions(list(COMMANDS.items())))
