@@ -67,8 +67,9 @@ SECONDS_A_REPETITION = 2.0  # of --stage loader, at least
 def main(args: list[str]) -> None:
     """Measures and prints; `args` is the command line without the program's name."""
     if not args or {"-h", "--help"} & set(args):
+        print(wrapped(f"usage: {USAGE}", others=" " * 7))
+        print("\nMeasures a recipe; the last line it prints is JSON.\n")
         what = f"file of settings in YAML, or a recipe: {', '.join(recipes())}"
-        print(wrapped(f"usage: {USAGE}", others=" " * 7), "Measures a recipe; the last line it prints is JSON.", sep="\n\n", end="\n\n")
         print(definitions([("CONFIG", what), *FLAGS]))
         return
     config, own, rest = split_flags(args)

@@ -267,7 +267,7 @@ def test_the_console_command_lists_its_commands_without_torch(run_command: Run) 
 def test_a_command_that_there_is_not_ends_in_one_line(run_command: Run) -> None:
     known = "the commands are fit, test, predict, export, bench, runs, sweep"
     for args, words in (
-        (["trian"], "trian is no command"),
+        (["train"], "train is no command"),
         (["tests", "--devices", "2"], "tests is no command: did you mean test?"),
         (["--devices", "2"], "--devices is no command"),
         (["\x1b[31m"], "\\x1b[31m is no command"),

@@ -148,7 +148,7 @@ class CLI(LightningCLI):
             raise
         except RecursionError:
             raise UserError("the settings are nested too deeply: give them without so many brackets") from None
-        except (AttributeError, ValueError) as error:  # of jsonargparse: a config within a config, a null byte
+        except (AttributeError, ValueError) as error:  # of jsonargparse: a null byte
             raise UserError(f"the settings cannot be read ({error}); --print_config shows how they look") from error
         self.options: dict[str, Any] = {key: self.config.pop(key, None) for key in parser.of_command}
 
