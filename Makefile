@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-stress test-slurm bench check clean
+.PHONY: help demo test test-slow test-gpu test-stress test-slurm bench check wheel clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,5 +49,9 @@ check: .venv/installed-dev ## check style, types and spelling
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+wheel: .venv/installed ## build dist/: the sdist, and of it the wheel
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build
+
 clean: ## remove what these commands made, but no runs and no data
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -30,29 +30,30 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_cifar import fit
 from lit_cifar.cli import machine
 from lit_cifar.cli.command import CLI, set_up
+from lit_cifar.cli.configs import find_config, recipes
 from lit_cifar.cli.parser import truth
 from lit_cifar.errors import FlagParser, UserError
-from lit_cifar.files import local_path
 from lit_cifar.model.classifier import normalise
 from lit_cifar.process import LAUNCHER_VARIABLE
 from lit_cifar.results.report import commit, versions
 from lit_cifar.run.folder import RESULTS, RUNS
 from lit_cifar.run.stop import Stopped
+from lit_cifar.text import definitions, wrapped
 
 STAGES = ("fit", "step", "loader")
-USAGE = """usage: python -m lit_cifar.bench CONFIG [--runs N] [--stage STAGE] [--warm true] [any flag of lit_cifar.fit]
-
-Measures a recipe; the last line it prints is JSON.
-
-  CONFIG           a file of configs/
-  --runs N         how many runs, or repetitions of a stage (default: 3); run i has seed --seed + i
-  --stage STAGE    fit:    trains and tests N times as lit_cifar.fit does, each run in its own process (default)
-                   step:   milliseconds per training step, and their ratio to those under the Trainer's barebones
-                   loader: images per second of the input pipeline: order, augmentation, scaling, normalising
-  --warm true      fit: all runs in one process, after one run of a few steps that is not counted, so that compiling
-                   is not counted N times; for one device
-  anything else    goes to lit_cifar.fit: --data_dir, --devices, --precision, --trainer.max_steps, ...
-"""
+USAGE = "python -m lit_cifar.bench CONFIG [--runs N] [--stage STAGE] [--warm true] [any flag of lit_cifar.fit]"
+FLAGS = [
+    ("--runs N", "how many runs, or repetitions of a stage (default: 3); run i has seed --seed + i"),
+    ("--stage fit", "trains and tests N times as lit_cifar.fit does, each run in its own process (default)"),
+    ("--stage step", "milliseconds per training step, and their ratio to those under the Trainer's barebones"),
+    ("--stage loader", "images per second of the input pipeline: order, augmentation, scaling, normalising"),
+    (
+        "--warm true",
+        "fit: all runs in one process, after one run of a few steps that is not counted, so that compiling is not "
+        "counted N times; for one device",
+    ),
+    ("others", "go to lit_cifar.fit: --data_dir, --devices, --precision, --trainer.max_steps, ..."),
+]
 # two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom
 T95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
@@ -65,8 +66,11 @@ SECONDS_A_REPETITION = 2.0  # of --stage loader, at least
 
 def main(args: list[str]) -> None:
     """Measures and prints; `args` is the command line without the program's name."""
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE)
+    if not args or {"-h", "--help"} & set(args):
+        print(wrapped(f"usage: {USAGE}", others=" " * 7))
+        print("\nMeasures a recipe; the last line it prints is JSON.\n")
+        what = f"file of settings in YAML, or a recipe: {', '.join(recipes())}"
+        print(definitions([("CONFIG", what), *FLAGS]))
         return
     config, own, rest = split_flags(args)
     flags = ["--config", config, *rest]
@@ -87,10 +91,10 @@ def split_flags(args: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
         UserError: there is no config, or a flag of this command does not take such a value.
     """
     if args[0].startswith("-"):
-        raise UserError("the recipe comes first: python -m lit_cifar.bench CONFIG [--runs N] ...")
-    config = str(local_path(args[0], "CONFIG"))
+        raise UserError(f"the recipe comes first: {USAGE}")
+    config = find_config(args[0], "CONFIG")
     if not Path(config).is_file():
-        raise UserError(f"no recipe at {config}: name a file, such as configs/tutorial.yaml")
+        raise UserError(f"CONFIG {config} can be read once only: name a file")
     parser = FlagParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--stage", default="fit")
@@ -100,7 +104,7 @@ def split_flags(args: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
         raise UserError(f"--runs: expected a number from 1, got {own.runs}")
     if own.stage not in STAGES:
         raise UserError(f"--stage: expected one of {', '.join(STAGES)}, got {own.stage}")
-    return config, own, rest
+    return args[0], own, rest
 
 
 def summary(values: list[float]) -> dict[str, float | int | None]:
@@ -147,7 +151,9 @@ def _settings(flags: list[str]) -> Namespace:
     Raises:
         UserError: one of them is wrong.
     """
-    return CLI(flags, prog="bench", description="", add_arguments=fit.add_arguments, build=False).config
+    return CLI(
+        flags, prog="python -m lit_cifar.bench", description="", add_arguments=fit.add_arguments, build=False
+    ).config
 
 
 def _bench_fit(config: str, num_runs: int, warm: bool, flags: list[str]) -> dict[str, Any]:
@@ -294,7 +300,7 @@ def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
                 with contextlib.redirect_stdout(io.StringIO()):
                     command = set_up(
                         [*flags, "--trainer.default_root_dir", folder, *limits],
-                        prog="bench",
+                        prog="python -m lit_cifar.bench",
                         description="",
                         logs=kind != "barebones",
                         add_arguments=fit.add_arguments,
@@ -328,7 +334,9 @@ def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
 
 
 def _bench_loader(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
-    command = set_up(flags, prog="bench", description="", logs=False, add_arguments=fit.add_arguments)
+    command = set_up(
+        flags, prog="python -m lit_cifar.bench", description="", logs=False, add_arguments=fit.add_arguments
+    )
     data, model = command.datamodule, command.model
     data.prepare_data()
     data.setup("fit")

@@ -1,4 +1,4 @@
-"""`python -m lit_cifar.sweep CONFIG --study SPACE.yaml --trials N`: searches settings with Optuna. fit.py trains and
+"""`python -m lit_cifar.sweep CONFIG --study STUDY --trials N`: searches settings with Optuna. fit.py trains and
 tests; cli/space.py reads what is searched, and cli/study.py keeps the trials."""
 
 from lit_cifar import process
@@ -24,6 +24,7 @@ from torch.utils.tensorboard.summary import hparams
 from lit_cifar import fit
 from lit_cifar.cli import machine
 from lit_cifar.cli.command import CLI, set_up
+from lit_cifar.cli.configs import find_config, recipes
 from lit_cifar.cli.parser import Parser
 from lit_cifar.cli.space import Values, corners, distribution, flag_text, read_space
 from lit_cifar.cli.study import (
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-USAGE = "python -m lit_cifar.sweep CONFIG --study SPACE.yaml --trials N"
+USAGE = "python -m lit_cifar.sweep CONFIG --study STUDY --trials N"
 
 
 def main(args: list[str]) -> None:
@@ -84,7 +85,7 @@ class Sweep:
         if options["trials"] < 1:
             raise UserError(f"--trials: expected a number from 1, got {options['trials']}")
         self.num_trials: int = options["trials"]
-        self.file = Path(options["study"])
+        self.file = Path(find_config(options["study"], "--study", "sweeps"))
         self.space = read_space(self.file, self.base.parser)
         configs = [Path(str(path)).stem for path in self.base.config["config"] if path]
         name = "-".join(dict.fromkeys([*configs, self.file.stem]))
@@ -100,8 +101,8 @@ class Sweep:
         flags = [f"--{key}={flag_text(value)}" for key, value in values.items()]
         return set_up(
             [*self.args, *flags],
-            prog=USAGE,
-            description="Searches the settings that SPACE.yaml names, by validation accuracy, and tests the best once.",
+            prog="python -m lit_cifar.sweep",
+            description="Searches the settings that STUDY names, by validation accuracy, and tests the best once.",
             start=lambda settings: (state, {}) if state else None,
             add_arguments=_add_arguments,
         )
@@ -341,7 +342,13 @@ def _percent(accuracy: float | None) -> str:
 
 
 def _add_arguments(parser: Parser) -> None:
-    parser.add_argument("--study", type=str, default=None, help="YAML file of what is searched: ranges and choices")
+    parser.usage = f"{USAGE} [any flag of lit_cifar.fit]"
+    parser.add_argument(
+        "--study",
+        type=str,
+        default=None,
+        help=f"YAML file of ranges and choices, or one by name: {', '.join(recipes('sweeps'))}",
+    )
     parser.add_argument("--trials", type=int, default=None, help="how many trials to have in all")
     parser.add_argument(
         "--storage", type=str, default=None, help=f"SQLite file of the trials (default: {RUNS}/sweeps/NAME.db)"

@@ -2,6 +2,8 @@
 printed."""
 
 import difflib
+import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 
 
@@ -15,6 +17,19 @@ def columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
         aligned = [cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(cells)]
         lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)
+
+
+def wrapped(text: str, first: str = "", others: str = "") -> str:
+    """`text` in lines as wide as the terminal, within reason, after what the first and the other lines begin with."""
+    num_columns = min(max(shutil.get_terminal_size().columns, 40), 100)
+    wrapper = textwrap.TextWrapper(num_columns, first, others, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(text)
+
+
+def definitions(rows: Sequence[tuple[str, str]]) -> str:
+    """Lines with each term and, beside it, what it means, wrapped."""
+    indent = max(len(term) for term, _ in rows) + 4
+    return "\n".join(wrapped(meaning, f"  {term}".ljust(indent), " " * indent) for term, meaning in rows)
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -59,7 +60,7 @@ def accuracy_of_a_run(*flags: str) -> float:
 
 
 def test_a_warm_run_gives_what_a_run_of_its_own_gives(capsys: pytest.CaptureFixture[str]) -> None:
-    bench.main([RECIPE, "--runs", "2", "--warm", "true", *QUICK])
+    bench.main(["tutorial", "--runs", "2", "--warm", "true", *QUICK])
     values = json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy, %"]["values"]
     assert len(values) == 2
     assert values[1] == pytest.approx(accuracy_of_a_run("--seed", "1"))
@@ -78,8 +79,9 @@ def test_the_step_is_measured_beside_barebones(capsys: pytest.CaptureFixture[str
 
 def test_the_loader_alone_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "SECONDS_A_REPETITION", 0.2)
-    bench.main([RECIPE, "--stage", "loader", "--runs", "2", "--dataset", "shapes"])
+    bench.main(["tutorial", "--stage", "loader", "--runs", "2", "--dataset", "shapes"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["config"] == "tutorial"
     assert len(result["images/s"]["values"]) == 2
     assert min(result["images/s"]["values"]) > 1000
 
@@ -87,8 +89,10 @@ def test_the_loader_alone_is_measured(capsys: pytest.CaptureFixture[str], monkey
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--runs", "3"], "the recipe comes first"),
-        (["nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["--runs", "3"], "the recipe comes first: python -m lit_cifar.bench CONFIG "),
+        (["nowhere.yaml"], "CONFIG nowhere.yaml is no file and no recipe; the recipes are resnet18, "),
+        (["speedrum94"], "CONFIG speedrum94 is no file and no recipe: did you mean speedrun94"),
+        ([os.devnull], f"CONFIG {os.devnull} can be read once only: name a file"),
         ([RECIPE, "--runs", "0"], "--runs: expected a number from 1, got 0"),
         ([RECIPE, "--stage", "walk"], "--stage: expected one of fit, step, loader"),
         ([RECIPE, "--warm", "maybe"], "--warm: expected true or false"),
@@ -121,6 +125,10 @@ def test_runs_count_from_the_seed_in_the_recipe(capsys: pytest.CaptureFixture[st
     assert (result["seeds"], result["warm"]) == ([7, 8], True)
 
 
-def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    bench.main(["--help"])
-    assert "usage: python -m lit_cifar.bench CONFIG" in capsys.readouterr().out
+@pytest.mark.parametrize("args", [[], ["--help"], ["tutorial", "--runs", "2", "-h"]])
+def test_help_is_printed(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(args)
+    output = capsys.readouterr().out
+    assert output.startswith("usage: python -m lit_cifar.bench CONFIG")
+    for term in ("CONFIG", "--runs N", "--stage fit", "--stage step", "--stage loader", "--warm true", "speedrun94"):
+        assert term in output

@@ -1,9 +1,12 @@
 """The command line: two spellings of a flag, configs that reproduce themselves, errors that people can act on."""
 
+import contextlib
 import gc
 import logging
 import os
 import platform
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +17,23 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, Run, make_tree
+from helpers import ROOT, Run, error_of, make_tree, results
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
+import lit_cifar.bench
+import lit_cifar.export
 import lit_cifar.fit
+import lit_cifar.predict
+import lit_cifar.runs
+import lit_cifar.sweep
+import lit_cifar.test
 from lit_cifar import errors
+from lit_cifar.__main__ import COMMANDS
 from lit_cifar.cli import machine
 from lit_cifar.cli.command import CLI, set_up
-from lit_cifar.cli.parser import SHORT_FLAGS
+from lit_cifar.cli.configs import find_config
+from lit_cifar.cli.parser import SHORT_FLAGS, _flatten
 from lit_cifar.data import tree as tree_module
 from lit_cifar.errors import UserError
 
@@ -81,20 +92,228 @@ def test_later_configs_and_flags_win(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (model["lr"], model["momentum"], model["weight_decay"]) == (0.2, 0.5, 0.01)
 
 
-def test_help_shows_the_short_flags_first_with_default_and_twin(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as done:
-        lit_cifar.fit.main(["--help"])
-    assert done.value.code == 0
-    text = capsys.readouterr().out
-    top, rest = text.split("All of them:")
+# ---- recipes by name ----
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_is_meant_by_its_name_from_any_folder(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(recipe.stem).mkdir()  # no file
+    by_name = print_config("--config", recipe.stem, capsys=capsys)
+    assert (
+        by_name
+        == print_config("--config", str(recipe), capsys=capsys)
+        == print_config("-c", recipe.stem, capsys=capsys)
+    )
+
+
+def test_a_file_of_a_recipes_name_wins_and_configs_mix(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("model: {lr: 0.25}\n")
+    for configs in (["speedrun94", "mine.yaml"], ["mine.yaml", "speedrun94"]):
+        flags = [flag for config in configs for flag in ("--config", config)]
+        model = yaml.safe_load(print_config(*flags, capsys=capsys))["model"]
+        assert (model["lr"], model["tta"]) == (0.25, "mirror_shift")
+    Path("speedrun94").write_text("model: {lr: 0.125}\n")
+    model = yaml.safe_load(print_config("--config", "speedrun94", capsys=capsys))["model"]
+    assert (model["lr"], model["tta"]) == (0.125, "none")
+
+
+def test_recipes_are_found_within_the_package_where_they_are_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "site-packages" / "lit_cifar"
+    shutil.copytree(ROOT / "configs", installed / "configs")
+    (tmp_path / "site-packages" / "configs").mkdir()  # of another package
+    monkeypatch.setattr(lit_cifar, "__file__", str(installed / "__init__.py"))
+    assert find_config("speedrun94", "--config") == str(installed / "configs" / "speedrun94.yaml")
+    assert find_config("resnet18", "--study", "sweeps") == str(installed / "configs" / "sweeps" / "resnet18.yaml")
+
+
+def test_a_run_by_name_is_resumed_by_name_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--config", "tutorial", "--dataset", "shapes", "--accelerator", "cpu", "--trainer.limit_test_batches", "1"]
+    lit_cifar.fit.main([*flags, "--trainer.max_steps", "2"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    lit_cifar.fit.main([*flags, "--trainer.max_steps", "3", "--resume", str(tmp_path / "lightning_logs" / "version_0")])
+    found = results(tmp_path / "lightning_logs" / "version_0")
+    assert (found["recipe"], found["num_steps"]) == ("tutorial", 3)
+
+
+NAMES = "the recipes are resnet18, speedrun94, speedrun95, speedrun96, tutorial"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("tutorail", f"--config tutorail is no file and no recipe: did you mean tutorial?; {NAMES}"),
+        ("fastest", f"--config fastest is no file and no recipe; {NAMES}"),
+        ("missing.yaml", f"--config missing.yaml is no file and no recipe; {NAMES}"),
+        ("folder", f"--config folder is a folder and no recipe; {NAMES}"),
+        ("tutorial.yaml", f"--config tutorial.yaml is no file and no recipe: did you mean tutorial?; {NAMES}"),
+        (
+            "configs/tutorial.yaml",
+            f"--config configs/tutorial.yaml is no file and no recipe: did you mean tutorial?; {NAMES}",
+        ),
+        ("../tutorial", f"--config ../tutorial is no file and no recipe: did you mean tutorial?; {NAMES}"),
+        ("a\0b", f"--config 'a\\x00b' is no file and no recipe; {NAMES}"),
+        ("", f"--config '' is a folder and no recipe; {NAMES}"),
+        (
+            "https://x.y/z.yaml",
+            "--config https://x.y/z.yaml: https:// is not supported here; name a path on this machine",
+        ),
+        ("of.yaml", "--config of.yaml cannot name another config: give --config twice, with the one that wins second"),
+    ],
+)
+def test_a_config_that_is_not_there_is_told_with_the_recipes(config: str, message: str) -> None:
+    Path("folder").mkdir()
+    Path("of.yaml").write_text("config: speedrun94\nmodel: {lr: 0.5}\n")
+    assert error_of(lit_cifar.fit.main, ["--config", config]) == message
+
+
+def test_a_config_written_out_on_the_command_line_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("{model: {lr: 0.25}}", "model.lr: 0.25", "model:\n  lr: 0.25\n"):
+        assert yaml.safe_load(print_config("--config", text, capsys=capsys))["model"]["lr"] == 0.25
+
+
+# ---- help ----
+
+MAINS = {
+    "fit": lit_cifar.fit.main,
+    "test": lit_cifar.test.main,
+    "sweep": lit_cifar.sweep.main,
+    "bench": lit_cifar.bench.main,
+    "predict": lit_cifar.predict.main,
+    "export": lit_cifar.export.main,
+    "runs": lit_cifar.runs.main,
+}
+
+
+def print_help(*args: str, capsys: pytest.CaptureFixture[str], command: str = "fit") -> str:
+    capsys.readouterr()
+    with contextlib.suppress(SystemExit):
+        MAINS[command]([*args])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_columns", [80, 100])
+@pytest.mark.parametrize("command", MAINS)
+def test_help_fits_two_screens(
+    command: str, num_columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(num_columns))
+    text = print_help("--help", capsys=capsys, command=command)
+    assert text == print_help("-h", capsys=capsys, command=command)
+    assert text.startswith(f"usage: python -m lit_cifar.{command} ")
+    assert max(map(len, text.splitlines())) <= num_columns
+    assert len(text.splitlines()) < 70
+
+
+def test_help_has_the_flags_people_use_and_the_names_of_all_others(capsys: pytest.CaptureFixture[str]) -> None:
+    text = print_help("--help", capsys=capsys)
+    flags, groups = text.split("All others, by group:")
     for short, (dotted, meaning) in SHORT_FLAGS.items():
-        line = next(line for line in top.splitlines() if line.startswith(f"  --{short} "))
-        assert meaning in line
-        assert "(default: " in line
+        found = re.search(rf"^  --{short} +(.*?)(?=^  --)", f"{flags}  --", re.MULTILINE | re.DOTALL)
+        assert found
+        line = " ".join(found[1].split())
+        assert line.startswith(f"{meaning} (default: "), line
         assert line.endswith(f"[--{dotted}]")
-        assert f"--{dotted}" in rest
-    assert "--resume" in top
-    assert "--trainer.gradient_clip_val" in rest
+    for flag in ("--config", "--resume", "--trust", "--log_level"):
+        assert f"\n  {flag} " in flags
+    named = re.findall(r"^  --([\w.]+)\.  (.*?)(?=^  --|\n\n)", groups, re.MULTILINE | re.DOTALL)
+    keys = {f"{group}.{key}" for group, names in named for key in re.split(r",\s+", names.strip())}
+    keys |= {dotted for dotted, _ in SHORT_FLAGS.values()} | {"log_level", "resume", "trust"}
+    config = yaml.safe_load(print_config(capsys=capsys))
+    config["model"]["net"] = None
+    assert keys == set(_flatten(config, set()))
+
+
+def test_help_of_a_group_and_of_all_explains_each_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    everything = print_help("--help", "all", capsys=capsys)
+    assert everything == print_help("--help=all", "--lr", "fast", capsys=capsys)
+    known = set(re.findall(r"(?<=--)[\w.]+", everything))
+    config = yaml.safe_load(print_config(capsys=capsys))
+    assert set(_flatten(config, {"model.net"})) <= known
+    groups = {"trainer", "model", "data", "data.augment", "checkpoint", "running_loss"}
+    for group in groups:
+        text = print_help("--help", group, capsys=capsys)
+        explained = set(re.findall(r"^  .*?--([\w.]+\.\w+)", text, re.MULTILINE))
+        assert explained - groups == {key for key in known if re.fullmatch(rf"{group}\.\w+(\.help)?", key)} - groups
+    for args in (["--help", "modle"], ["--help", "modle", "--lr", "1"]):
+        message = error_of(lit_cifar.fit.main, args)
+        assert message.startswith("--help: expected trainer, model, data")
+        assert message.endswith("or all, got modle: did you mean model?")
+
+
+def test_help_of_a_class_is_about_that_class(capsys: pytest.CaptureFixture[str]) -> None:
+    text = print_help("--model.net.help", "lit_cifar.nets.SpeedNet", capsys=capsys)
+    assert text.startswith("Help for --model.net.help=lit_cifar.nets.SpeedNet\n")
+    assert "--model.net.widths" in text
+    assert "--devices" not in text
+
+
+# ---- the console command ----
+
+
+def test_the_console_command_lists_its_commands_without_torch(run_command: Run) -> None:
+    done = run_command("lit_cifar", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.findall(r"^  (\w+) +\w", done.stdout, re.MULTILINE) == list(COMMANDS)
+    assert set(COMMANDS) == set(MAINS)
+    assert run_command("lit_cifar").stdout == done.stdout
+    assert run_command("lit_cifar", "--version").stdout == f"lit_cifar {lit_cifar.__version__}\n"
+    code = "import sys, lit_cifar.__main__; assert not {'torch', 'jsonargparse'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_a_command_that_there_is_not_ends_in_one_line(run_command: Run) -> None:
+    known = "the commands are fit, test, predict, export, bench, runs, sweep"
+    for args, words in (
+        (["train"], "train is no command"),
+        (["tests", "--devices", "2"], "tests is no command: did you mean test?"),
+        (["--devices", "2"], "--devices is no command"),
+        (["\x1b[31m"], "\\x1b[31m is no command"),
+    ):
+        done = run_command("lit_cifar", *args)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"lit_cifar: error: {words}; {known}\n"
+
+
+def test_the_console_command_is_the_module(run_command: Run) -> None:
+    Path("lightning_logs/version_3").mkdir(parents=True)
+    for args in (["--json"], ["--sort", "nothing"], ["--help"]):
+        one, other = run_command("lit_cifar", "runs", *args), run_command("lit_cifar.runs", *args)
+        assert (one.returncode, one.stdout, one.stderr) == (other.returncode, other.stdout, other.stderr)
+
+
+SCRIPT = "from lit_cifar.__main__ import main\nif __name__ == '__main__':\n    main()\n"
+FIT = """import __main__, sys
+print(__main__.__spec__.name, sys.argv, sys.modules["__main__"] is __main__, __name__)
+import beside
+"""
+
+
+def test_a_script_of_pip_runs_what_python_runs_in_this_folder_as_do_the_processes_it_starts(tmp_path: Path) -> None:
+    for file, text in (
+        ("bin/lit_cifar", SCRIPT),
+        ("work/lit_cifar/__init__.py", ""),
+        ("work/lit_cifar/fit.py", FIT),
+        ("work/beside.py", "print('found')"),
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    printed = []
+    for command in (["../bin/lit_cifar", "fit", "--devices", "2"], ["-m", "lit_cifar.fit", "--devices", "2"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path / "work",
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        printed.append(done.stdout)
+    assert printed[0] == printed[1]
+    # Lightning starts other ranks, and multiprocessing workers, by this name
+    assert printed[0].startswith("lit_cifar.fit ['")
 
 
 def test_help_takes_hardly_longer_than_importing_lightning(tmp_path: Path) -> None:

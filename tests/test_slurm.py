@@ -55,7 +55,7 @@ class Cluster:
             (r"--cpus-per-task=4", "--cpus-per-task=1"),
             (r"--time=\S+", f"--time={time_limit}"),
             (r"TERM@120", f"TERM@{signal_seconds}"),
-            (r"--config configs/resnet18.yaml", RECIPE),
+            (r"--config resnet18", RECIPE),
             (r'--devices "\$SLURM_NTASKS_PER_NODE"', f"--devices {devices}"),
         ):
             script, num_changes = re.subn(pattern, text, script, count=1)

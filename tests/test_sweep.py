@@ -313,7 +313,12 @@ def test_a_range_is_one_of_whole_numbers_where_it_has_whole_steps(parser: Parser
         (SPACE, ["--lr", "0.1"], ["--lr is given and searched by space.yaml"]),
         (SPACE, ["--trials", "0"], ["--trials: expected a number from 1, got 0"]),
         (SPACE, ["--resume", "auto"], ["unknown flag --resume"]),
-        (SPACE, ["--study", "missing.yaml"], ["missing.yaml cannot be read"]),
+        (
+            SPACE,
+            ["--study", "missing.yaml"],
+            ["--study missing.yaml is no file and no study; the studies are resnet18"],
+        ),
+        (SPACE, ["--study", "resnet19"], ["--study resnet19 is no file and no study: did you mean resnet18?"]),
         (SPACE, ["--storage", "space.yaml/trials.db"], ["space.yaml/trials.db cannot be written", "another --storage"]),
         ("batch_size: {choices: [4, 20000]}", [], ["batch_size 20000"]),
         ("batch_size: {low: 4, high: 8}", [], ["space.yaml: --data.batch_size: expected int, got 4.0", "step: 1"]),
@@ -341,6 +346,19 @@ def test_a_command_line_without_its_parts_ends_in_one_line(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install 'lit_cifar\[sweep\]'"):
         search(SPACE, 1, *FLAGS)
+
+
+def test_recipe_and_study_go_by_name_as_by_file() -> None:
+    flags = ["--trials", "1", "--dataset", "shapes", "--data.num_val", "500", "--accelerator", "cpu"]
+    by_name = sweep.Sweep(["--config", "resnet18", "--study", "resnet18", *flags])
+    files = [str(ROOT / "configs" / name) for name in ("resnet18.yaml", "sweeps/resnet18.yaml")]
+    by_file = sweep.Sweep(["--config", files[0], "--study", files[1], *flags])
+    assert by_name.space == by_file.space
+    assert by_name.storage == by_file.storage == Path("lightning_logs/sweeps/resnet18.db")
+    assert by_name.base.plain_config == by_file.base.plain_config
+    Path("resnet18").write_text("model.lr: {low: 0.1, high: 0.2}\n")
+    wins = sweep.Sweep(["--config", files[0], "--study", "resnet18", *flags])
+    assert list(wins.space) == ["model.lr"]
 
 
 def test_help_lists_its_own_flags(capsys: pytest.CaptureFixture[str]) -> None:

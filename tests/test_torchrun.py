@@ -33,7 +33,7 @@ class Node:
     def __init__(self, folder: Path, number: int, port: int) -> None:
         script = (ROOT / "configs/cluster/torchrun.sh").read_text()
         for pattern, text in (
-            (r"--config configs/resnet18.yaml", RECIPE),
+            (r"--config resnet18", RECIPE),
             # torchrun would take both addresses for this machine's, and whoever comes first for the host
             (r"exec torchrun ", f"exec torchrun --local-addr=127.0.0.{number} --rdzv-conf=is_host={number == 1} "),
         ):

@@ -14,5 +14,5 @@ ROOT=${ROOT:-runs/torchrun}                      # CHANGE for each training run:
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes="$NUM_NODES" --nproc-per-node="$DEVICES" --max-restarts=5 \
     --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ADDRESS" --rdzv-id=lit_cifar \
-    -m lit_cifar.fit --config configs/resnet18.yaml --num_nodes "$NUM_NODES" --devices "$DEVICES" \
+    -m lit_cifar.fit --config resnet18 --num_nodes "$NUM_NODES" --devices "$DEVICES" \
     --trainer.default_root_dir "$ROOT" --resume if-any "$@"

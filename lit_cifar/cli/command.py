@@ -22,7 +22,9 @@ from torch import nn
 
 from lit_cifar import log
 from lit_cifar.cli import checks, finders, launch, machine
-from lit_cifar.cli.parser import ConfigFile, Parser
+from lit_cifar.cli.configs import ConfigFile
+from lit_cifar.cli.help import Help
+from lit_cifar.cli.parser import Parser
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model.module import LitClassifier
@@ -109,8 +111,9 @@ class CLI(LightningCLI):
     # ---- settings ----
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = Parser(**kwargs)
-        parser.add_argument("-c", "--config", action=ConfigFile, help="file of settings in YAML; later ones win")
+        parser = Parser(add_help=False, **kwargs)
+        parser.add_argument("-h", "--help", action=Help, help="the flags people use most; with GROUP or 'all' the rest")
+        parser.add_argument("-c", "--config", action=ConfigFile, help="file of settings in YAML, or a recipe's name")
         parser.typed = self._args
         return parser
 
@@ -145,7 +148,7 @@ class CLI(LightningCLI):
             raise
         except RecursionError:
             raise UserError("the settings are nested too deeply: give them without so many brackets") from None
-        except (AttributeError, ValueError) as error:  # of jsonargparse: a config within a config, a null byte
+        except (AttributeError, ValueError) as error:  # of jsonargparse: a null byte
             raise UserError(f"the settings cannot be read ({error}); --print_config shows how they look") from error
         self.options: dict[str, Any] = {key: self.config.pop(key, None) for key in parser.of_command}
 

@@ -1,8 +1,7 @@
-"""The parsers: short flags beside dotted ones, help, and errors in one line. command.py makes objects of what was
-parsed."""
+"""The parsers: short flags beside dotted ones, and errors in one line. help.py prints --help, configs.py finds the file
+of --config, command.py makes objects of what was parsed."""
 
 import argparse
-import contextlib
 import os
 import re
 import warnings
@@ -14,7 +13,6 @@ from typing import Any, NoReturn, Union, get_args, get_origin
 import torch
 import yaml
 from jsonargparse import Namespace, _loaders_dumpers
-from jsonargparse._actions import ActionConfigFile
 from jsonargparse._loaders_dumpers import get_yaml_default_loader
 from jsonargparse._typehints import ActionTypeHint
 from jsonargparse.typing import register_type
@@ -23,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_cifar.errors import FlagParser, UserError, calls_chosen
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import TTA
-from lit_cifar.run.trust import MAX_YAML, check_yaml
+from lit_cifar.run.trust import check_yaml
 from lit_cifar.text import escaped, nearest
 
 # short flag: (dotted twin, help)
@@ -79,6 +77,11 @@ class Parser(LightningArgumentParser):
     typed: Sequence[str] = ()  # the command line, for messages
     of_command: tuple[str, ...] = ()  # flags that say what to do this once, and are no part of the config
 
+    def __init__(self, **settings: Any) -> None:
+        if "prog" not in settings:  # one that jsonargparse makes, for the help on a class
+            settings["usage"] = argparse.SUPPRESS
+        super().__init__(**settings)
+
     def add_short_flags(self) -> None:
         """Gives an option its second spelling, so that both parse, and configs keep the dotted one.
 
@@ -107,29 +110,17 @@ class Parser(LightningArgumentParser):
         """The option that a key means, dotted or short; None when there is none of this name."""
         return self._option_string_actions.get(f"--{key}")
 
-    def format_help(self, formatter: Any = None) -> str:
-        """Short flags first, then everything."""
-        lines = [
-            f"usage: {self.prog} [--config FILE ...] [--FLAG VALUE ...] [--any.dotted.key VALUE]",
-            "",
-            str(self.description),
-            "",
-            "Flags people use most:",
-        ]
-        own = [action for action in self._actions if action.dest in ("config", *self.of_command)]
-        rows = [(f"--{action.dest}", str(action.help), "") for action in own]
-        for short, (dotted, text) in SHORT_FLAGS.items():
-            default = self.get_defaults().get(dotted)
-            rows.append((f"--{short}", f"{text} (default: {default})", dotted))
-        for flag, text, dotted in rows:
-            lines.append(f"  {flag:<14} {text}{f' [--{dotted}]' if dotted else ''}")
-        lines += ["", "--print_config prints every key with its value. All of them:", ""]
-        return "\n".join(lines) + super().format_help(formatter)
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if len(message) > MAX_LINE:
             message = f"{message[: MAX_LINE // 2]} ... {message[-MAX_LINE // 2 :]}"
         raise UserError(escaped(self._explain(message))) from None
+
+    def _apply_actions(self, cfg: Any, parent_key: str = "", *args: Any, **settings: Any) -> Namespace:
+        """Jsonargparse's reading of a config: it would take one within it, and lose settings of it (4.53)."""
+        if isinstance(cfg, dict) and "config" in cfg and not parent_key:
+            self.error("cannot name another config: give --config twice, with the one that wins second")
+        found: Namespace = super()._apply_actions(cfg, parent_key, *args, **settings)
+        return found
 
     def _explain(self, message: str) -> str:
         """One line out of jsonargparse's several: the flag as typed, what is wrong, the nearest right one."""
@@ -237,27 +228,6 @@ class Parser(LightningArgumentParser):
             raise UserError(
                 f"the checkpoint's config does not fit this version: {' '.join(str(error).split())}"
             ) from None
-
-
-class ConfigFile(ActionConfigFile):
-    """--config, whose file is named where it cannot be read."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        num_bytes = 0
-        with contextlib.suppress(OSError, ValueError):  # a config typed in full is no path
-            num_bytes = os.stat(values).st_size
-        if num_bytes > 4 * MAX_YAML:
-            raise UserError(f"--config {values} is no config: it has {num_bytes:,} bytes")
-        try:
-            super().__call__(parser, cfg, values, option_string)
-        except UserError as error:
-            if "no valid YAML" in str(error):
-                raise UserError(f"--config {values} is {error}") from None
-            if str(error).startswith("Unexpected config"):
-                raise UserError(f"--config {values} holds no settings; --print_config shows how they look") from None
-            raise
-        except UnicodeDecodeError as error:
-            raise UserError(f"--config {values} is no text in UTF-8: {error}") from None
 
 
 class NetParser(FlagParser):

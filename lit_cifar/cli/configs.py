@@ -1,0 +1,76 @@
+"""Config files: which file a name means, the name of a recipe too, and what is wrong with one. parser.py reads what is
+in them."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from jsonargparse._actions import ActionConfigFile
+
+import lit_cifar
+from lit_cifar.errors import UserError
+from lit_cifar.files import local_path
+from lit_cifar.run.trust import MAX_YAML
+from lit_cifar.text import nearest, printable
+
+WRITTEN_OUT = r"[{\n]|: "  # what no name of a file has, and a config that is given in full
+
+
+def recipes(kind: str = "") -> dict[str, Path]:
+    """The recipes by name, or with kind 'sweeps' the studies: of configs/, which is installed within the package, and
+    lies beside it in a checkout."""
+    package = Path(lit_cifar.__file__).parent
+    folder = next((place for place in (package / "configs", package.parent / "configs") if place.is_dir()), package)
+    return {path.stem: path for path in sorted((folder / kind).glob("*.yaml"))}
+
+
+def find_config(name: str, flag: str, kind: str = "") -> str:
+    """The file that a name means: one of that name, or else the recipe.
+
+    Args:
+        name: as it was typed.
+        flag: where, such as "--config", for messages.
+        kind: 'sweeps' for a study.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = local_path(name, flag)
+    if os.path.exists(path) and not os.path.isdir(path):  # it may be a pipe
+        return str(path)
+    known = recipes(kind)
+    if name in known:
+        return str(known[name])
+    what = ("study", "studies") if kind else ("recipe", "recipes")
+    raise UserError(
+        f"{flag} {printable(name) or repr(name)} is {'a folder' if os.path.isdir(path) else 'no file'} and no {what[0]}"
+        f"{nearest(path.stem, known)}; the {what[1]} are {', '.join(known)}"
+    )
+
+
+class ConfigFile(ActionConfigFile):
+    """--config, whose file is named where it cannot be read."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        written_out = values == "-" or re.search(WRITTEN_OUT, values)
+        file = values if written_out and not os.path.exists(values) else find_config(values, "--config")
+        num_bytes = 0
+        with contextlib.suppress(OSError, ValueError):  # a config written out is no path
+            num_bytes = os.stat(file).st_size
+        if num_bytes > 4 * MAX_YAML:
+            raise UserError(f"--config {values} is no config: it has {num_bytes:,} bytes")
+        try:
+            super().__call__(parser, cfg, file, option_string)
+        except UserError as error:
+            line = str(error)
+            if line.startswith("Unexpected config"):
+                line = "holds no settings; --print_config shows how they look"
+            elif "no valid YAML" in line:
+                line = f"is {line}"
+            elif not line.startswith("cannot name"):
+                raise
+            raise UserError(f"--config {values} {line}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {values} is no text in UTF-8: {error}") from None
