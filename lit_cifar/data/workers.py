@@ -1,10 +1,12 @@
 """A transform of one's own, applied by worker processes: their batches, and what is wrong with a transform or a worker.
 loader.py decides which images make each batch."""
 
+import multiprocessing
 import random
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -29,13 +31,15 @@ class Workers:
         pin_memory: for copies to a GPU.
 
     Raises:
-        UserError: the transform fails on the first image.
+        UserError: the transform fails on the first image, or cannot be sent to processes that are not forked.
     """
 
     def __init__(
         self, split: Split, transform: Callable[[Tensor], Tensor], seed: int, num_workers: int, pin_memory: bool
     ) -> None:
         check_transform(transform, split)
+        if num_workers:
+            _check_can_be_sent(transform)
         self._keys = _Keys()
         self._loader = DataLoader(
             _Transformed(split, transform, seed),
@@ -160,6 +164,24 @@ def check_transform(transform: Callable[[Tensor], Tensor], split: Split) -> None
     image = _Transformed(split, transform, seed=0)[(0, 0)][0]
     if isinstance(image, str):
         raise UserError(image)
+
+
+def _check_can_be_sent(transform: Callable[[Tensor], Tensor]) -> None:
+    """Windows, macOS and Python 3.14 do not fork workers but start them and send them the transform.
+
+    Raises:
+        UserError: it cannot be sent.
+    """
+    if multiprocessing.get_start_method() == "fork":
+        return
+    try:
+        ForkingPickler.dumps(transform)
+    except Exception as error:  # others' code is asked for its state
+        detail = printable(" ".join(str(error).split())) or type(error).__name__
+        raise UserError(
+            f"--data.transform: {type(transform).__name__} cannot be sent to the processes of --data.num_workers "
+            f"({detail}): let it hold nothing but values and functions of a module, or choose --data.num_workers 0"
+        ) from error
 
 
 def worker_error(error: BaseException, is_killed: bool = False) -> UserError | None:
