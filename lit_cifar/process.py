@@ -140,9 +140,9 @@ def _open_streams() -> None:
         except OSError:
             # the lowest free number: what is opened later, here or by a program that is started, must not get it
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False, encoding="utf-8")
     for number, name, words in ((1, "stdout", "the standard output"), (2, "stderr", "")):
-        stream: TextIO = getattr(sys, name) or os.fdopen(number, "w", closefd=False)
+        stream: TextIO = getattr(sys, name) or os.fdopen(number, "w", closefd=False, encoding="utf-8")
         if not isinstance(stream, io.TextIOWrapper):
             continue  # a notebook's, or a test's
         stream.flush()
