@@ -319,6 +319,8 @@ def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
                         trainer.callbacks.append(stopwatch)  # type: ignore[attr-defined]
                         command.begin()
                     trainer.fit(command.model, datamodule=command.datamodule)
+                    if command.run is not None:
+                        command.run.unlock()
                 measured.append(1000 * stopwatch.seconds_a_step)
     ratios = [a / b for a, b in zip(milliseconds["as configured"], milliseconds["barebones"], strict=True)]
     print(f"milliseconds a step of {config}, {num_steps - untimed} steps a repetition; {device()}")
