@@ -294,8 +294,9 @@ def test_the_null_device_is_not_taken_for_the_standard_output() -> None:
 
 
 @linux
-def test_a_config_is_utf_8_whatever_the_system_writes(on_windows: None) -> None:
-    Path("config.yaml").write_bytes("data: {data_dir: Größe 日本.tar}".encode())
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # the latter from PowerShell 5 and older editors
+def test_a_config_is_utf_8_whatever_the_system_writes(encoding: str, on_windows: None) -> None:
+    Path("config.yaml").write_bytes("data: {data_dir: Größe 日本.tar}".encode(encoding))
     assert "there is no archive Größe 日本.tar;" in error_of(lit_cifar.fit.main, ["--config", "config.yaml"])
 
 
