@@ -58,9 +58,8 @@ class _Output(io.RawIOBase):
                 if written is None:
                     time.sleep(0.01)  # whoever shares the stream has set it not to block
         except OSError as error:
-            # as Windows says it
-            is_pipe_closed = sys.platform == "win32" and error.errno == errno.EINVAL
-            if isinstance(error, BrokenPipeError) or is_pipe_closed:
+            # Windows calls it invalid to write to a pipe that nobody reads any more
+            if isinstance(error, BrokenPipeError) or (sys.platform == "win32" and error.errno == errno.EINVAL):
                 self._reader_gone = True
                 if self.name and rank() == 0:  # the others end with it
                     raise ReaderGone(*error.args) from None

@@ -5,7 +5,6 @@ import ast
 import errno
 import io
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -424,14 +423,13 @@ def halves() -> Split:
     return Split(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ("a", "b"))
 
 
-def test_a_transform_that_cannot_be_sent_to_a_started_worker_is_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda *args: "spawn")
-    message = error_of(workers.Workers, halves(), Unsendable(), 0, 1, False)
-    assert message.startswith("--data.transform: Unsendable cannot be sent to the processes of --data.num_workers (")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_transform_that_cannot_be_sent_to_a_started_worker_is_one_line(method: str) -> None:
+    made = workers.Workers(halves(), Unsendable(), 0, 1, False)
+    made._loader.multiprocessing_context = method
+    message = error_of(list, made.batches(0, [torch.arange(4)]))
+    assert message.startswith("--data.transform cannot be sent to the processes of --data.num_workers (")
     assert message.endswith("or choose --data.num_workers 0")
-    workers.Workers(halves(), Unsendable(), 0, 0, False)
 
 
 @pytest.mark.slow

@@ -153,10 +153,10 @@ class _Listing:
                     self.images[key] = folder.path, "".join(f"/{name}" for name in images)
                 else:
                     self._leave_out(folder, f"{split}/{folder.name}")
+        own = {os.stat(self.path / split).st_ino for split in SPLITS}
         for entry in _scan(self.path):
             # where the file system knows no case, Train/ is train/
-            split = entry.name.lower()
-            if split not in SPLITS or not os.path.samefile(entry.path, self.path / split):
+            if entry.name not in SPLITS and entry.inode() not in own:
                 self._outside(entry, entry.name, depth=2)
 
     def _of_class(self, folder: "DirEntry[str]", prefix: str, images: list[str]) -> Iterator[str]:
