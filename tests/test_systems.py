@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -475,13 +476,16 @@ ASKS = ("sys.platform", "hasattr(")
 
 
 def faults(source: str) -> Iterator[str]:
-    """Lines with text whose encoding is the system's, and with what POSIX alone has, unless the system is asked first:
-    by an `if` around it, or by one before it in its function that ends it."""
+    """Lines with text whose encoding is the system's, renames that Windows may refuse, and what POSIX, Linux or glibc
+    alone has, unless the system is asked first, by an `if` around it or by one before it in its function that ends it,
+    or its lack is expected."""
     parsed = ast.parse(source)
     above = {child: node for node in ast.walk(parsed) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(parsed):
         if isinstance(node, ast.Call) and _is_text(node) and "encoding" not in {key.arg for key in node.keywords}:
             yield f"line {node.lineno}: text without an encoding"
+        if isinstance(node, ast.Call) and re.search(r"^os\.replace$|\.rename$|^shutil\.move$", ast.unparse(node.func)):
+            yield f"line {node.lineno}: renames, for which there is files.move"
         if _is_posix(node) and not _is_guarded(node, above):
             yield f"line {node.lineno}: {ast.unparse(node)}"
 
@@ -510,6 +514,8 @@ def _is_posix(node: ast.AST) -> bool:
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         is_system = node.value.id == "os" and node.attr == "name"  # sys.platform is what mypy and tests understand
         return is_system or node.attr in windows.MISSING.get(node.value.id, ())
+    if isinstance(node, ast.Constant):
+        return str(node.value).startswith(("/proc", "/dev/", "/tmp", "libc.so"))
     if isinstance(node, ast.Import):
         return any(alias.name in windows.MODULES for alias in node.names)
     if isinstance(node, ast.ImportFrom):
@@ -524,6 +530,8 @@ def _is_guarded(node: ast.AST, above: dict[ast.AST, ast.AST]) -> bool:
         child, node = node, above[node]
         if isinstance(node, (ast.If, ast.IfExp)) and any(ask in ast.unparse(node.test) for ask in ASKS):
             return True
+        if isinstance(node, ast.With) and "OSError" in ast.unparse(node.items[0]):
+            return True
         if isinstance(node, ast.Try) and any("ImportError" in ast.unparse(it.type or node) for it in node.handlers):
             return True
         body: list[ast.stmt] = getattr(node, "body", []) if isinstance(node, ast.FunctionDef) else []
@@ -536,7 +544,10 @@ def _is_guarded(node: ast.AST, above: dict[ast.AST, ast.AST]) -> bool:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_text_names_its_encoding_and_posix_is_asked_for(path: Path) -> None:
-    assert not list(faults(path.read_text(encoding="utf-8")))
+    found = list(faults(path.read_text(encoding="utf-8")))
+    if path.name == "files.py":  # which has the one that waits
+        found.remove(next(line for line in found if "files.move" in line))
+    assert not found
 
 
 @pytest.mark.parametrize(
@@ -545,7 +556,15 @@ def test_text_names_its_encoding_and_posix_is_asked_for(path: Path) -> None:
         *("open('a')", "open('a', 'w')", "path.open()", "path.open('w')", "path.read_text()", "path.write_text('a')"),
         *("os.fdopen(3)", "os.fdopen(3, 'w')", "subprocess.run(a, text=True)", "io.TextIOWrapper(raw)"),
         *("os.fork()", "os.open(a, os.O_NONBLOCK)", "signal.SIGKILL", "import fcntl", "from select import poll"),
-        *("os.name == 'nt'", "def f():\n    import resource", "os.sysconf('a')", "TemporaryFile('w')"),
+        *(
+            "os.name == 'nt'",
+            "os.replace(a, b)",
+            "path.rename(b)",
+            "open('/proc/cpuinfo', 'rb')",
+            "def f():\n    import resource",
+            "os.sysconf('a')",
+            "TemporaryFile('w')",
+        ),
     ],
 )
 def test_the_test_of_the_source_sees(line: str) -> None:
@@ -561,6 +580,7 @@ def test_the_test_of_the_source_sees(line: str) -> None:
         "def f():\n    if sys.platform == 'win32':\n        return\n    signal.SIGKILL",
         "try:\n    import resource\nexcept ImportError:\n    resource = None",
         "if hasattr(os, 'fork'):\n    os.fork()",
+        "with suppress(OSError):\n    ctypes.CDLL('libc.so.6')",
     ],
 )
 def test_the_test_of_the_source_lets_pass(line: str) -> None:
