@@ -65,7 +65,9 @@ def run(*args: object, **env: str) -> str:
     """Standard output of a Python command, which must succeed."""
     command = [sys.executable, *map(str, args)]
     print("$ python", *command[1:], flush=True)
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, encoding="utf-8", check=True
+    )
     return done.stdout
 
 
@@ -79,7 +81,7 @@ def fit(*flags: object, **env: str) -> dict[str, Any]:
     """results.json of one run."""
     with tempfile.TemporaryDirectory() as folder:
         run("-m", "lit_cifar.fit", *flags, "--trainer.default_root_dir", folder, **env)
-        results: dict[str, Any] = json.loads((Path(folder) / "lightning_logs/version_0/results.json").read_text())
+        results: dict[str, Any] = json.loads((Path(folder) / "lightning_logs/version_0/results.json").read_bytes())
         return results
 
 
@@ -290,7 +292,7 @@ def _seconds_a_step(args: argparse.Namespace, devices: int) -> float:
         print("$ python", *command[1:], flush=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         arrived = []
-        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, encoding="utf-8") as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if re.match(r"epoch 1  step", line):
@@ -381,10 +383,10 @@ def main() -> None:
 
 def write(output: Path, name: str, text: str) -> None:
     """Puts a section in its place between its marks, or at the end."""
-    whole = output.read_text() if output.exists() else "# Benchmarks\n"
+    whole = output.read_text(encoding="utf-8") if output.exists() else "# Benchmarks\n"
     pattern = re.compile(re.escape(MARK.format(name)) + ".*" + re.escape(MARK.format(f"end of {name}")), re.DOTALL)
     whole = pattern.sub(lambda _: text, whole) if pattern.search(whole) else f"{whole.rstrip()}\n\n{text}\n"
-    output.write_text(whole)
+    output.write_text(whole, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
-    source = args.script.read_text()
+    source = args.script.read_text(encoding="utf-8")
     for old, new in EDITS:
         if old not in source:
             sys.exit(f"{args.script} is not the version that these edits are for: it lacks {old!r}")
@@ -82,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_data(args.data_dir, Path(folder) / "cifar10")
         os.chdir(folder)
-        Path("script.py").write_text(source)
+        Path("script.py").write_text(source, encoding="utf-8")
         sys.argv = ["script.py"]
         names: dict[str, Any] = {"__name__": "__main__", "Event": Event, "on_step": on_step}
         with contextlib.suppress(Stopped):

@@ -140,7 +140,7 @@ def device() -> str:
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), model)
     return f"CPU, {os.cpu_count()} cores, {threads}: {model}"
 
@@ -162,7 +162,7 @@ def _bench_fit(config: str, num_runs: int, warm: bool, flags: list[str]) -> dict
         raise UserError("--trainer.limit_test_batches 0: bench measures the accuracy of tests, leave it out")
     seed = settings.seed_everything
     results = []
-    with _ended_in_order(), tempfile.TemporaryDirectory(prefix="lit_cifar-bench-") as folder:
+    with _ended_in_order(), _folder_for_runs() as folder:
         flags = [*flags, "--trainer.default_root_dir", folder]
         if warm:
             _fit_here([*flags, "--trainer.max_steps", str(WARM_UP_STEPS)], Path(folder))
@@ -203,6 +203,11 @@ def _bench_fit(config: str, num_runs: int, warm: bool, flags: list[str]) -> dict
     }
 
 
+def _folder_for_runs() -> "tempfile.TemporaryDirectory[str]":
+    # on Windows what somebody still reads, such as a virus scanner, stays, and that is no reason to lose the figures
+    return tempfile.TemporaryDirectory(prefix="lit_cifar-bench-", ignore_cleanup_errors=True)
+
+
 @contextlib.contextmanager
 def _ended_in_order() -> Iterator[None]:
     """Lets a signal that would end this process end the run of fit and remove the folder first."""
@@ -211,7 +216,7 @@ def _ended_in_order() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
         sys.exit(128 + number)
 
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = [name for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
     numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) == signal.SIG_DFL]
     try:
         for number in numbers:
@@ -292,7 +297,7 @@ def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
     num_steps = limit if limit >= 0 else TIMED_STEPS + UNTIMED_STEPS
     untimed = min(UNTIMED_STEPS, num_steps // 2)
     milliseconds: dict[str, list[float]] = {"as configured": [], "barebones": []}
-    with _ended_in_order(), tempfile.TemporaryDirectory(prefix="lit_cifar-bench-") as folder:
+    with _ended_in_order(), _folder_for_runs() as folder:
         for _ in range(num_runs):
             for kind, measured in milliseconds.items():
                 stopwatch = _Stopwatch(untimed, num_steps)
@@ -322,6 +327,8 @@ def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
                         trainer.callbacks.append(stopwatch)  # type: ignore[attr-defined]
                         command.begin()
                     trainer.fit(command.model, datamodule=command.datamodule)
+                    if command.run is not None:
+                        command.run.unlock()
                 measured.append(1000 * stopwatch.seconds_a_step)
     ratios = [a / b for a, b in zip(milliseconds["as configured"], milliseconds["barebones"], strict=True)]
     print(f"milliseconds a step of {config}, {num_steps - untimed} steps a repetition; {device()}")

@@ -13,7 +13,10 @@ from lit_cifar.process import INTERRUPTED, ReaderGone, begin, interrupt, is_inte
 from lit_cifar.text import escaped
 
 Function = TypeVar("Function", bound=Callable[..., object])
-MEMORY = r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|MemoryError|Unable to allocate"
+MEMORY = (
+    r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED|MemoryError|Unable to allocate"
+    r"|paging file is too small|error code: <1455>"  # Windows
+)
 READER_GONE = 128 + 13  # the exit code of a program that SIGPIPE ends, such as `yes` in `yes | head`
 
 

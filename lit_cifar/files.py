@@ -17,6 +17,8 @@ from lit_cifar import log
 from lit_cifar.errors import UserError
 
 READER_SECONDS = 60.0  # that a named pipe may lack a reader
+BUSY_SECONDS = 10.0  # that a file may be open where that keeps it from being replaced, on Windows
+BINARY = getattr(os, "O_BINARY", 0)  # without it Windows would write \r\n
 MAX_BYTES = 2**27  # of a run's file of JSON; the results of 1,000 classes have 10 million at most
 
 
@@ -38,11 +40,30 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        move(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone, or open elsewhere on Windows
+            temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a file or folder, also onto a file that is there. Windows refuses that while somebody has one of the two
+    open, such as `runs`, a copy or a virus scanner: it is tried again for BUSY_SECONDS.
+
+    Raises:
+        OSError: that was not enough, or it cannot be done; both are as they were.
+    """
+    end = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() > end:
+                raise
+        time.sleep(0.05)
 
 
 def _check_replaceable(path: Path) -> None:
@@ -58,7 +79,7 @@ def open_regular(path: Path) -> IO[bytes]:
     Raises:
         OSError: it is no regular file, or it cannot be read.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | BINARY)
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode):
         return os.fdopen(handle, "rb")
@@ -110,15 +131,16 @@ def _handle_of_stream(target: os.stat_result) -> int | None:
     """A handle that goes on where standard output or error is, if that is the target; it may be a file."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, AttributeError, ValueError):  # closed, or not a file at all
-            if os.path.samestat(os.fstat(stream.fileno()), target):
+            # Windows gives what is no file, such as NUL and the console, the number 0
+            if target.st_ino and os.path.samestat(os.fstat(stream.fileno()), target):
                 stream.flush()
                 return os.dup(stream.fileno())
     return None
 
 
 def _open_special(path: Path, target: os.stat_result) -> int:
-    if not stat.S_ISFIFO(target.st_mode):
-        return os.open(path, os.O_WRONLY)
+    if not stat.S_ISFIFO(target.st_mode) or sys.platform == "win32":  # where named pipes are no files
+        return os.open(path, os.O_WRONLY | BINARY)
     end = time.monotonic() + READER_SECONDS
     is_told = False
     while True:
@@ -160,7 +182,7 @@ def check_place(path: Path, way_out: str) -> None:
     with writing(path, way_out):
         _check_replaceable(path)
         folder = path.absolute().parent
-        while not os.path.lexists(folder):  # missing folders are made
+        while not os.path.lexists(folder) and folder != folder.parent:  # missing folders are made, but no Windows drive
             folder = folder.parent
         if not os.path.isdir(folder):
             raise OSError(errno.ENOTDIR, f"{folder} is no folder")

@@ -130,7 +130,8 @@ def _find(path: str) -> Iterator[tuple[str, bytes | None]]:
     if len(data) > MAX_MEMBER_BYTES or b"\0" in data or is_image(data):
         yield STDIN, data
     else:
-        lines = (line.removesuffix("\r") for line in os.fsdecode(data).split("\n"))
+        text = data.decode(sys.getfilesystemencoding(), "surrogateescape")  # os.fsdecode raises on Windows
+        lines = (line.removesuffix("\r") for line in text.split("\n"))
         yield from ((file, None) for line in lines if line for file in _files(line))
 
 

@@ -3,6 +3,7 @@ environment. Commands begin with it, before the imports that take seconds; error
 
 import contextlib
 import ctypes
+import errno
 import io
 import os
 import signal
@@ -17,6 +18,7 @@ INTERRUPTED = 128 + signal.SIGINT
 LAUNCHER_VARIABLE = "LIT_CIFAR_LAUNCHER"  # the id of the process that started this one, which must not outlive it
 TIMEOUT_VARIABLE = "LIT_CIFAR_TIMEOUT"  # seconds that processes that train together wait for one another
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+SYNCHRONIZE = 0x100000  # of Windows: the right to wait for a process
 # that Lightning and torch read, some of them as they are imported
 NUMBERS = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "JSM_NAMESPACE_RANK"),
@@ -55,12 +57,13 @@ class _Output(io.RawIOBase):
                 left = left[written or 0 :]
                 if written is None:
                     time.sleep(0.01)  # whoever shares the stream has set it not to block
-        except BrokenPipeError as error:
-            self._reader_gone = True
-            if self.name and rank() == 0:  # the others end with it
-                raise ReaderGone(*error.args) from None
         except OSError as error:
-            if self.name and not self.failed and rank() == 0:
+            # Windows calls it invalid to write to a pipe that nobody reads any more
+            if isinstance(error, BrokenPipeError) or (sys.platform == "win32" and error.errno == errno.EINVAL):
+                self._reader_gone = True
+                if self.name and rank() == 0:  # the others end with it
+                    raise ReaderGone(*error.args) from None
+            elif self.name and not self.failed and rank() == 0:
                 self.failed = True
                 line = f"{self.name} cannot be written ({error.strerror}): make room, or send it elsewhere"
                 print(f"lit_cifar: error: {line}", file=sys.stderr, flush=True)
@@ -136,9 +139,9 @@ def _open_streams() -> None:
         except OSError:
             # the lowest free number: what is opened later, here or by a program that is started, must not get it
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False, encoding="utf-8")
     for number, name, words in ((1, "stdout", "the standard output"), (2, "stderr", "")):
-        stream: TextIO = getattr(sys, name) or os.fdopen(number, "w", closefd=False)
+        stream: TextIO = getattr(sys, name) or os.fdopen(number, "w", closefd=False, encoding="utf-8")
         if not isinstance(stream, io.TextIOWrapper):
             continue  # a notebook's, or a test's
         stream.flush()
@@ -156,7 +159,12 @@ def _open_streams() -> None:
 
 def _end_with(launcher: int) -> None:
     """Has the system end this process when its launcher ends, in whatever way, or a thread where the system cannot."""
-    if os.name != "posix":  # on Windows a venv's python.exe starts the true one, and a parent's id stays when it ends
+    if sys.platform == "win32":
+        # not by getppid: a venv's python.exe starts the true one, and a parent's id stays when it ends
+        kernel = ctypes.WinDLL("kernel32")
+        kernel.OpenProcess.restype = ctypes.c_void_p
+        handle = kernel.OpenProcess(SYNCHRONIZE, False, launcher)  # none if it ended before
+        threading.Thread(target=_wait_on_windows, args=(kernel, handle), daemon=True).start()
         return
     prctl = None
     with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -165,6 +173,12 @@ def _end_with(launcher: int) -> None:
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
     if os.getppid() != launcher:  # it ended before
         os._exit(1)
+
+
+def _wait_on_windows(kernel: Any, handle: int | None) -> None:
+    if handle:
+        kernel.WaitForSingleObject(ctypes.c_void_p(handle), -1)
+    os._exit(1)
 
 
 def _watch(launcher: int) -> None:

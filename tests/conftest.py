@@ -92,8 +92,11 @@ def run_command(tmp_path: Path) -> Iterator[Run]:
 
     yield run
     for process in processes:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: this takes the ranks that it started along
-        except ProcessLookupError:
-            continue
+        if sys.platform == "win32":
+            process.kill()  # the ranks that it started end with it
+        else:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: this takes the ranks that it started along
+            except ProcessLookupError:
+                continue
         process.wait()

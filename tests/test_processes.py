@@ -230,10 +230,18 @@ def test_an_interrupt_that_is_ignored_stays_ignored() -> None:
 FOLLOWER = "from lit_cifar import process; process.begin(); print('began', flush=True); time.sleep(600)"
 
 
+# windows.py's kernel32 tells whether a process is still the parent
+PRELUDES = {
+    "prctl": "import time\n",
+    "a thread": "import time\nfrom lit_cifar import process\nprocess.ctypes = None\n",
+    "Windows": "import time, windows\nfrom lit_cifar import process\n"
+    "process.sys, process.ctypes = windows.WINDOWS['sys'], windows.WINDOWS['ctypes']\n",
+}
+
+
 @posix
-@pytest.mark.parametrize("has_prctl", [True, False])
-def test_a_process_ends_with_the_one_that_started_it(has_prctl: bool) -> None:
-    prelude = "import time\n" if has_prctl else "import time\nfrom lit_cifar import process\nprocess.ctypes = None\n"
+@pytest.mark.parametrize("prelude", PRELUDES.values(), ids=PRELUDES)
+def test_a_process_ends_with_the_one_that_started_it(prelude: str) -> None:
     body = (
         "import subprocess\n"
         "env = {**os.environ, 'LIT_CIFAR_LAUNCHER': str(os.getpid())}\n"
@@ -269,17 +277,13 @@ def _wait_for_the_end_of_session(leader: "subprocess.Popen[str]", seconds: float
 
 
 @posix
-def test_a_process_whose_launcher_has_gone_before_ends_at_once() -> None:
+@pytest.mark.parametrize("prelude", PRELUDES.values(), ids=PRELUDES)
+def test_a_process_whose_launcher_has_gone_before_ends_at_once(prelude: str) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    done = call(command(FOLLOWER), env={"LIT_CIFAR_LAUNCHER": str(gone.pid)})
+    follower = f"{prelude}{FOLLOWER.replace(' print', ' time.sleep(30); print')}"
+    done = call([sys.executable, "-c", follower], env={"LIT_CIFAR_LAUNCHER": str(gone.pid)})
     assert (done.returncode, done.stdout) == (1, "")
-
-
-def test_a_launcher_is_not_looked_for_on_windows() -> None:
-    """There a venv's python.exe starts the true one, whose parent it is."""
-    body = "from lit_cifar import process\nos.name = 'nt'\nprocess._end_with(1 + os.getppid())\nos.name = 'posix'"
-    assert call(command(body)).returncode == 0
 
 
 def test_what_a_process_starts_does_not_follow_its_launcher() -> None:
@@ -460,16 +464,16 @@ def _loader(transform: torch.nn.Module) -> DeviceLoader:
 
 
 @posix
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_worker_that_dies_is_one_line(number: int) -> None:
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_worker_that_dies_is_one_line(name: str) -> None:
     def load() -> None:
         with machine.workers_watched():
-            list(_loader(FaultyTransform(number)))
+            list(_loader(FaultyTransform(getattr(signal, name))))
 
     message = error_of(load)
     assert message.startswith("a process of --data.num_workers has died")
     assert message.endswith("choose fewer, or --data.num_workers 0")
-    assert ("want of memory" in message) == (number == signal.SIGKILL)
+    assert ("want of memory" in message) == (name == "SIGKILL")
 
 
 def test_a_transform_that_fails_is_one_line_with_its_place() -> None:

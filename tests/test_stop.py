@@ -20,6 +20,9 @@ from lit_cifar.run.read import find_checkpoint, states_of
 from lit_cifar.run.save import keep
 from lit_cifar.run.stop import STOPPED, Agreement, Stopped
 
+if sys.platform == "win32":
+    pytest.skip("Windows has neither these signals nor sessions", allow_module_level=True)
+
 ARGS = [*SHAPES, "--batch_size", "20", "--max_epochs", "2", "--lr", "0.01", "--data.augment.crop", "4",
         "--model.schedule", "onecycle", "--running_loss.every_n_steps", "20"]  # fmt: skip
 

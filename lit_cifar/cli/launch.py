@@ -94,7 +94,7 @@ class Launcher(_SubprocessScriptLauncher):
             why = ", perhaps for want of memory" if code == -9 else ""
             line = f"rank {rank} {how}{why}, and the others with it: start again, fit with --resume if-any"
             print(f"lit_cifar: error: {line}", file=sys.stderr, flush=True)
-        os._exit(code if code > 0 else 1)
+        os._exit(code if 0 < code < 256 else 1)  # a crash on Windows has a code beyond what it takes
 
 
 def bound_waiting(trainer: Trainer, strategy: object) -> None:
@@ -115,6 +115,8 @@ def bound_waiting(trainer: Trainer, strategy: object) -> None:
         raise UserError(f"{TIMEOUT_VARIABLE}={seconds} in the environment: expected 1 to 1000000 seconds")
     if isinstance(strategy, str) and hasattr(chosen, "_timeout"):
         chosen._timeout = timedelta(seconds=seconds)
+    if sys.platform == "win32" and getattr(chosen, "_process_group_backend", "") is None:
+        chosen._process_group_backend = "gloo"  # for GPUs too: torch has no NCCL there
     launcher = chosen.launcher
     if type(launcher) is _SubprocessScriptLauncher:
         local_rank = launcher.cluster_environment.local_rank()

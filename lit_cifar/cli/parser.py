@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Sequence
 from enum import Enum
 from types import UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin
+from typing import IO, Any, NoReturn, Union, get_args, get_origin
 
 import torch
 import yaml
-from jsonargparse import Namespace, _loaders_dumpers
+from jsonargparse import Namespace, _loaders_dumpers, _paths
 from jsonargparse._loaders_dumpers import get_yaml_default_loader
 from jsonargparse._typehints import ActionTypeHint
 from jsonargparse.typing import register_type
@@ -68,6 +68,14 @@ class YAMLLoader(get_yaml_default_loader()):  # type: ignore[misc]
 
 # jsonargparse's only place for all of these: set_loader, which is public, misses lists' texts (4.53)
 _loaders_dumpers.yaml_default_loader = YAMLLoader  # type: ignore[assignment]
+
+
+def _open(path: str, mode: str = "r") -> IO[Any]:
+    return open(path, mode, encoding=None if "b" in mode else "utf-8")
+
+
+# jsonargparse reads files as the system encodes text (4.53), which on Windows is not how they are written here
+_paths.open = _open  # type: ignore[attr-defined]
 register_type(torch.device, str, torch.device, fail_already_registered=False)  # a default of Lightning's callbacks
 
 

@@ -7,13 +7,13 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lit_cifar import log
 from lit_cifar.errors import UserError
-from lit_cifar.files import sync_folder
+from lit_cifar.files import move, sync_folder
 
 QUIET_SECONDS = 2.0  # of waiting for another process, before a line says so
 
@@ -111,7 +111,7 @@ def unpack_verified(archive: Path, folder: Path, spec: Archive) -> Path:
             for path in temporary.rglob("*"):
                 fsync(path)
             try:
-                os.rename(temporary / spec.folder, target)
+                move(temporary / spec.folder, target)
             except OSError:
                 if not target.is_dir():  # made meanwhile by another tool, which knows nothing of our lock
                     raise
@@ -146,6 +146,9 @@ def locked(folder: Path, spec: Archive, quiet_seconds: float = QUIET_SECONDS) ->
     except BaseException:
         if made and os.listdir(folder) == [Path(lock.lock_file).name]:  # nothing came: leave nothing
             shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+            with suppress(OSError):  # Windows removes the lock's file only now
+                folder.rmdir()
         raise
     finally:
         lock.release()

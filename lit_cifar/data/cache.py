@@ -19,7 +19,7 @@ import torch
 from lit_cifar.data.images import IMAGE_BYTES
 from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
-from lit_cifar.files import local_path
+from lit_cifar.files import local_path, move
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ def _write(file: Path, wanted: str, decoded: Decoded, spool: IO[bytes]) -> None:
                         member.write(spool.read(IMAGE_BYTES))
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    move(temporary, file)
 
 
 def read_header(file: Path, wanted: str | None) -> dict[str, Any]:

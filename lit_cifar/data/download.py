@@ -19,6 +19,7 @@ from lit_cifar import log
 from lit_cifar.data.archives import Archive, disk, fsync, locked, sha256_of, unpack_verified, verify
 from lit_cifar.data.mirror import Body, Limits, Mirror, MirrorError, host_of, innermost
 from lit_cifar.errors import UserError
+from lit_cifar.files import move
 
 EARLIER_RUN = "an earlier run"  # stands among the givers for the bytes of a part file that was there at the start
 
@@ -159,7 +160,7 @@ class _Download:
                 self._discard()
                 return False
             fsync(self.part)
-            os.replace(self.part, self.folder / self.spec.name)
+            move(self.part, self.folder / self.spec.name)
             fsync(self.folder)
         return True
 

@@ -153,8 +153,10 @@ class _Listing:
                     self.images[key] = folder.path, "".join(f"/{name}" for name in images)
                 else:
                     self._leave_out(folder, f"{split}/{folder.name}")
+        own = {os.stat(self.path / split).st_ino for split in SPLITS}
         for entry in _scan(self.path):
-            if entry.name not in SPLITS:
+            # where the file system knows no case, Train/ is train/
+            if entry.name not in SPLITS and entry.inode() not in own:
                 self._outside(entry, entry.name, depth=2)
 
     def _of_class(self, folder: "DirEntry[str]", prefix: str, images: list[str]) -> Iterator[str]:
@@ -164,7 +166,7 @@ class _Listing:
                 images.append(entry.name)
                 status = entry.stat()
                 if through_link or status.st_nlink > 1 or entry.is_symlink():
-                    self._linked.add(status.st_ino)
+                    self._linked.add(status.st_ino or entry.inode())  # 0 on Windows, but for links
                 yield f"{entry.name!r} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
             elif entry.is_dir(follow_symlinks=False):
                 for nested in _files_below(entry.path):

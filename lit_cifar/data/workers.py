@@ -4,7 +4,9 @@ loader.py decides which images make each batch."""
 import random
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import reduction
 from typing import Any
 
 import numpy as np
@@ -55,7 +57,10 @@ class Workers:
         """
         self._keys.epoch, self._keys.shares = epoch, shares
         try:
-            for images, labels in self._loader:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Got pickle error")  # torch's five lines before the error
+                loaded = iter(self._loader)
+            for images, labels in loaded:
                 if isinstance(images, str):
                     raise _of_this_rank(images)
                 yield images, labels
@@ -64,6 +69,11 @@ class Workers:
         except Exception as error:
             workers = getattr(self._loader._iterator, "_workers", [])
             is_killed = any(worker.exitcode == -9 for worker in workers)  # of which torch's error need not know
+            if _was_sending(error):
+                raise UserError(
+                    f"--data.transform cannot be sent to the processes of --data.num_workers ({_detail(error)}): let "
+                    "it hold values and functions of modules alone, or choose --data.num_workers 0"
+                ) from error
             raise worker_error(error, is_killed) or error from None
 
 
@@ -122,9 +132,8 @@ def _apply(transform: Callable[[Tensor], Tensor], original: Tensor) -> Tensor:
         try:
             image = part(image)
         except Exception as error:  # of others' code: anything
-            detail = printable(" ".join(str(error).split())) or "no message"
             place = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}: {detail}, in {place.filename}:{place.lineno}"
+            reason = f"{type(error).__name__}: {_detail(error)}, in {place.filename}:{place.lineno}"
             raise UserError(
                 f"--data.transform: {type(part).__name__} fails ({reason}); a transform gets one image at a "
                 f"time, {original.dtype} {tuple(original.shape)}, without its label and the rest of the batch"
@@ -136,6 +145,10 @@ def _apply(transform: Callable[[Tensor], Tensor], original: Tensor) -> Tensor:
             "leave scaling and normalising to the model"
         )
     return image
+
+
+def _detail(error: Exception) -> str:
+    return printable(" ".join(str(error).split())) or "no message"
 
 
 def _collate(samples: list[tuple[Tensor | str, Tensor]]) -> tuple[Tensor | str, Tensor]:
@@ -160,6 +173,11 @@ def check_transform(transform: Callable[[Tensor], Tensor], split: Split) -> None
     image = _Transformed(split, transform, seed=0)[(0, 0)][0]
     if isinstance(image, str):
         raise UserError(image)
+
+
+def _was_sending(error: BaseException) -> bool:
+    """Whether an error came up when a worker was sent the transform: Windows, macOS and Python 3.14 fork none."""
+    return any(frame.f_code.co_filename == reduction.__file__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def worker_error(error: BaseException, is_killed: bool = False) -> UserError | None:

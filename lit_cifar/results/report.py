@@ -240,7 +240,7 @@ def peak_memory() -> dict[str, int | None]:
     if resource is not None:
         own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         with suppress(OSError, IndexError):  # Linux, where ru_maxrss is no less than the peak of what started us
-            own = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+            own = int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
         peak = max(own, children) * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     return {"resident": peak, "gpu": gpu}
@@ -263,6 +263,7 @@ def commit() -> str | None:
         return None
     git = ["git", "-C", os.fspath(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+        done = subprocess.run(git, capture_output=True, encoding="utf-8", timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip() or None

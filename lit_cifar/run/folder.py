@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 from lit_cifar.errors import UserError
-from lit_cifar.files import read_whole, write_durably
+from lit_cifar.files import move, read_whole, write_durably
 from lit_cifar.run.lock import FolderLock, is_locked
 
 RUNS = Path("lightning_logs")
@@ -123,9 +123,9 @@ class Run:
         """Undoes `claim`, for a run that did not begin: removes a folder that nothing was written into."""
         self.unlock()
         if self._folder is not None and [path.name for path in self._folder.iterdir()] == [IDENTITY]:
-            (self._folder / IDENTITY).unlink()
-            self._folder.rmdir()
-            with contextlib.suppress(OSError):  # other runs are in it
+            with contextlib.suppress(OSError):  # other runs are in the last one; on Windows somebody may look into one
+                (self._folder / IDENTITY).unlink()
+                self._folder.rmdir()
                 self._folder.parent.rmdir()
             self._folder = self._lock = None
 
@@ -157,7 +157,7 @@ class Run:
         while os.path.lexists(aside):
             number += 1
             aside = self.folder / f"results-{num_steps}-{number}.json"
-        self.results.rename(aside)
+        move(self.results, aside)
 
     @property
     def trial(self) -> Path:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from lit_cifar import log
 from lit_cifar.errors import UserError
-from lit_cifar.files import writing
+from lit_cifar.files import BINARY, writing
 from lit_cifar.text import printable
 
 WAIT_SECONDS = 10.0  # for a process that is on its way out, as when a launcher starts its processes again
 # follows no link, which may lead anywhere, and waits for no pipe; Windows has neither
-FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | BINARY
 
 
 class FolderLock:
@@ -74,7 +74,10 @@ class FolderLock:
         """Gives the lock back and removes the file; does nothing without the lock."""
         if self._handle is not None:
             with contextlib.suppress(OSError):
-                if self._is_ours(self._handle):  # or somebody removed it, and another process has one of its own
+                is_ours = self._is_ours(self._handle)  # or somebody removed it, and another process has its own
+                if sys.platform == "win32":  # removes no open file, and so not that of a process that has it by now
+                    self._close()
+                if is_ours:
                     self.path.unlink()
             self._close()
 

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_cifar import clock, log
 from lit_cifar.errors import DivergedError, UserError, calls_chosen
-from lit_cifar.files import replaced, write_durably, writing
+from lit_cifar.files import move, replaced, write_durably, writing
 from lit_cifar.run.folder import Run
 from lit_cifar.run.read import read_checkpoint
 from lit_cifar.run.stop import STOP_SIGNALS, Agreement, Stopped
@@ -346,10 +346,10 @@ def keep(path: Path, num_kept: int) -> None:
         return  # the same file when a run was killed between this and its save
     for age in range(num_kept - 2, 0, -1):
         with contextlib.suppress(FileNotFoundError):
-            os.replace(
+            move(
                 path.with_name(f"{path.stem}-{age}{path.suffix}"), path.with_name(f"{path.stem}-{age + 1}{path.suffix}")
             )
-    with contextlib.suppress(OSError):  # a file system without hard links keeps one state less
+    with contextlib.suppress(OSError, AttributeError):  # a file system without hard links keeps one state less
         previous.unlink(missing_ok=True)
         os.link(path, previous)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-STOP_SIGNALS = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))  # Windows has no SIGUSR1
+# Windows has no SIGUSR1, and SIGTERM ends a process at once there; SIGBREAK is its Ctrl-Break
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGBREAK") if hasattr(signal, name))
 APART_SECONDS, MOST_APART = 0.1, 32  # between two times that ranks confer; and in steps, which may become slower
 STOPPED = 75  # exit code of a run that a signal ended and that can be resumed; EX_TEMPFAIL of sysexits.h
 
