@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-stress test-slurm bench check wheel clean
+.PHONY: help demo test test-lowest test-slow test-gpu test-stress test-slurm bench check wheel clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,15 @@ demo: .venv/installed ## install, then train and test on the embedded data set (
 
 test: .venv/installed-dev ## install, then run the tests
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" --numprocesses auto --maxprocesses 8
+
+PYTHON_LOWEST ?= python3.11
+.venv-lowest/installed: pyproject.toml tests/lowest.txt
+	$(PYTHON_LOWEST) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint tests/lowest.txt --editable '.[test]'
+	@touch $@
+
+test-lowest: .venv-lowest/installed ## run the tests with the oldest versions that pyproject.toml allows
+	.venv-lowest/bin/python -m pytest -m "not slow and not gpu and not slurm" --numprocesses auto --maxprocesses 8
 
 test-slow: .venv/installed-dev ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
@@ -54,4 +63,4 @@ wheel: .venv/installed ## build dist/: the sdist, and of it the wheel
 	$(BIN)/python -m build
 
 clean: ## remove what these commands made, but no runs and no data
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -13,7 +13,7 @@ import gc  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import warnings  # noqa: E402
-from datetime import datetime, timezone  # noqa: E402
+from datetime import UTC, datetime  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -252,7 +252,7 @@ def _results(command: CLI, tested: str | None, seconds: dict[str, Any]) -> dict[
     data = command.datamodule
     return {
         "recipe": command.model.recipe,
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # of the run's end
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),  # of the run's end
         "num_train": len(data.train.labels),
         "num_val": data.num_val,
         "batch_size": data.batch_size,

@@ -4,7 +4,7 @@ that it starts at once."""
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def _number(value: Any) -> float:
 
 
 def _utc(when: str) -> datetime:
-    return datetime.fromisoformat(when).astimezone(timezone.utc)
+    return datetime.fromisoformat(when).astimezone(UTC)
 
 
 def _cell(value: str | int | None) -> str:

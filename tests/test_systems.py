@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import windows
 from helpers import PYTHONPATH, SHORT, error_of, make_tree
 
@@ -25,8 +24,7 @@ import lit_cifar.fit
 import lit_cifar.predict
 from lit_cifar import bench, errors, files, process
 from lit_cifar.cli import launch
-from lit_cifar.data import archives, cache, download, tree, workers
-from lit_cifar.data.split import Split
+from lit_cifar.data import archives, cache, download, tree
 from lit_cifar.files import replaced, write_durably, write_output, writing
 from lit_cifar.results import report
 from lit_cifar.run import lock, stop
@@ -409,38 +407,6 @@ def test_processes_of_windows_exchange_values_by_gloo(
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
     launch.bound_waiting(trainer, "ddp")
     assert trainer.strategy._process_group_backend == backend
-
-
-class Unsendable(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.function = lambda image: image
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.function(image)
-
-
-def halves() -> Split:
-    return Split(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ("a", "b"))
-
-
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_transform_that_cannot_be_sent_to_a_started_worker_is_one_line(method: str) -> None:
-    made = workers.Workers(halves(), Unsendable(), 0, 1, False)
-    made._loader.multiprocessing_context = method
-    message = error_of(list, made.batches(0, [torch.arange(4)]))
-    assert message.startswith("--data.transform cannot be sent to the processes of --data.num_workers (")
-    assert message.endswith("or choose --data.num_workers 0")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_started_workers_give_what_forked_ones_give(method: str) -> None:
-    made = workers.Workers(halves(), torch.nn.Identity(), 0, 1, False)
-    made._loader.multiprocessing_context = method
-    ((images, labels),) = made.batches(0, [torch.arange(4)])
-    assert torch.equal(images, halves().images)
-    assert labels.tolist() == [0, 1, 0, 1]
 
 
 def test_a_short_paging_file_is_short_memory() -> None:

@@ -130,7 +130,7 @@ class CIFAR10DataModule(LightningDataModule):
             else:
                 self._train = train
             if self.transform:
-                check_transform(nn.Sequential(*self.transform), self._train)
+                check_transform(nn.Sequential(*self.transform), self._train, self.num_workers)
         if stage == "test" and self._test is None:
             self._test = self.source.read(train=False)
 

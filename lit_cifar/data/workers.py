@@ -1,12 +1,14 @@
 """A transform of one's own, applied by worker processes: their batches, and what is wrong with a transform or a worker.
 loader.py decides which images make each batch."""
 
+import contextlib
+import multiprocessing
+import pickle
 import random
 import re
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import reduction
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -31,13 +33,13 @@ class Workers:
         pin_memory: for copies to a GPU.
 
     Raises:
-        UserError: the transform fails on the first image.
+        UserError: the transform fails on the first image, or cannot be sent to workers.
     """
 
     def __init__(
         self, split: Split, transform: Callable[[Tensor], Tensor], seed: int, num_workers: int, pin_memory: bool
     ) -> None:
-        check_transform(transform, split)
+        check_transform(transform, split, num_workers)
         self._keys = _Keys()
         self._loader = DataLoader(
             _Transformed(split, transform, seed),
@@ -57,10 +59,7 @@ class Workers:
         """
         self._keys.epoch, self._keys.shares = epoch, shares
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Got pickle error")  # torch's five lines before the error
-                loaded = iter(self._loader)
-            for images, labels in loaded:
+            for images, labels in self._loader:
                 if isinstance(images, str):
                     raise _of_this_rank(images)
                 yield images, labels
@@ -69,11 +68,6 @@ class Workers:
         except Exception as error:
             workers = getattr(self._loader._iterator, "_workers", [])
             is_killed = any(worker.exitcode == -9 for worker in workers)  # of which torch's error need not know
-            if _was_sending(error):
-                raise UserError(
-                    f"--data.transform cannot be sent to the processes of --data.num_workers ({_detail(error)}): let "
-                    "it hold values and functions of modules alone, or choose --data.num_workers 0"
-                ) from error
             raise worker_error(error, is_killed) or error from None
 
 
@@ -164,20 +158,28 @@ def _collate(samples: list[tuple[Tensor | str, Tensor]]) -> tuple[Tensor | str, 
     return batch
 
 
-def check_transform(transform: Callable[[Tensor], Tensor], split: Split) -> None:
-    """Tries a transform on the first image.
+def check_transform(transform: Callable[[Tensor], Tensor], split: Split, num_workers: int) -> None:
+    """Tries a transform on the first image, and whether it can be sent to workers.
 
     Raises:
-        UserError: it fails, or gives anything but a uint8 image of the same shape.
+        UserError: it fails, gives anything but a uint8 image of the same shape, or cannot be sent where it has to be.
     """
     image = _Transformed(split, transform, seed=0)[(0, 0)][0]
     if isinstance(image, str):
         raise UserError(image)
-
-
-def _was_sending(error: BaseException) -> bool:
-    """Whether an error came up when a worker was sent the transform: Windows, macOS and Python 3.14 fork none."""
-    return any(frame.f_code.co_filename == reduction.__file__ for frame, _ in traceback.walk_tb(error.__traceback__))
+    # the default of macOS, Windows and, from Python 3.14 on, Linux; asked so that a script can still choose another
+    start = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if num_workers and start != "fork":
+        for part in transform if isinstance(transform, nn.Sequential) else (transform,):
+            try:
+                with contextlib.suppress(RuntimeError):  # locks and shared values can be sent as a process starts only
+                    ForkingPickler.dumps(part)
+            except (pickle.PicklingError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"--data.transform: {type(part).__name__} cannot be sent to the processes of --data.num_workers "
+                    f"({_detail(error)}): keep out of it what pickle refuses, or choose "
+                    "--data.num_workers 0"
+                ) from None
 
 
 def worker_error(error: BaseException, is_killed: bool = False) -> UserError | None:
@@ -188,7 +190,7 @@ def worker_error(error: BaseException, is_killed: bool = False) -> UserError | N
     text = f"{error} {error.__cause__}"  # the cause names the signal
     if re.search(r"shared memory|Bus error|/torch_\d", text):
         return _of_this_rank(
-            "the shared memory (/dev/shm) is too small for the batches of --data.num_workers: give it more, in docker "
+            "the shared memory (/dev/shm) is too small for the images of --data.num_workers: give it more, in docker "
             "by --shm-size 1g, or choose --data.num_workers 0"
         )
     if "Too many open files" in text or "ancdata" in text:

@@ -9,7 +9,7 @@ import socket
 import stat
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from lit_cifar import log
@@ -111,7 +111,7 @@ class FolderLock:
         holder = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:
             with writing(self.path, "make room or make its folder writable"):
