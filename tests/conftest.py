@@ -37,7 +37,8 @@ def _memory_is_given_back() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test runs in an empty folder with a cache of its own, on one thread, and leaves the state of torch
-    and of the process alone."""
+    and of the process alone, its environment too: Lightning writes there which rank it is."""
+    environment = dict(os.environ)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIT_CIFAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -51,6 +52,8 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     sys.stdout, sys.stderr, lit_cifar.process._outputs[:] = streams
     torch.backends.mkldnn.enabled = mkldnn
     torch.set_rng_state(random_state)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 drawn = functools.cache(shapes.draw_shapes)
