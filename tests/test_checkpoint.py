@@ -122,7 +122,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_whole(last: Path, roo
 def test_a_save_that_fails_half_way_says_why(
     last: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
-    def save_half(checkpoint: object, file: io.BufferedWriter) -> None:
+    def save_half(checkpoint: object, file: io.BufferedWriter, **options: Any) -> None:
         file.write(b"half")
         raise error
 
