@@ -306,10 +306,13 @@ def main() -> None:
         os.environ["LIT_CIFAR_TEST_DEVICE"] = "cpu"  # of tests/test_gpu.py
     for name in ("data_dir", "peers", "output"):
         setattr(args, name, path.resolve() if (path := getattr(args, name)) else None)
-    args.output.mkdir(parents=True, exist_ok=True)
     kept = args.output / "gpu-results.jsonl"
-    lines = kept.read_text().splitlines() if kept.exists() else []
-    rows = {row["part"]: row for row in map(json.loads, lines)}
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        lines = kept.read_text().splitlines() if kept.exists() else []
+        rows = {row["part"]: row for row in map(json.loads, lines)}
+    except (OSError, ValueError) as error:  # no folder to write in, or a file cut short
+        parser.error(f"--output {args.output}: {error}; choose another")
     names = [name for name in PARTS if name in args.only or name == "environment"]
     signal.signal(signal.SIGTERM, lambda *given: sys.exit(143))  # what runs is ended, and the table printed
     try:

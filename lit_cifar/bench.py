@@ -27,7 +27,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_cifar import fit
+from lit_cifar import clock, fit
 from lit_cifar.cli import machine
 from lit_cifar.cli.command import CLI, set_up
 from lit_cifar.cli.configs import find_config, recipes
@@ -81,7 +81,7 @@ def main(args: list[str]) -> None:
     else:
         result = _bench_loader(config, own.runs, flags)
     where = {"config": config, "stage": own.stage, "flags": rest}
-    print(json.dumps({**where, **result, "device": device(), "versions": versions(), "commit": commit()}))
+    print(json.dumps({**where, **result, "versions": versions(), "commit": commit()}))
 
 
 def split_flags(args: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
@@ -133,11 +133,13 @@ def table(rows: dict[str, tuple[list[float], int]]) -> str:
     return "\n".join(lines)
 
 
-def device() -> str:
-    """The device that a figure is measured on, in words."""
+def device(accelerator: str = "auto") -> str:
+    """The device that a figure is measured on, in words, by --accelerator."""
     threads = f"{torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
+    if accelerator != "cpu" and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    if accelerator != "cpu" and torch.backends.mps.is_available():
+        return f"Apple GPU (mps), {platform.machine()}"
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -193,9 +195,11 @@ def _bench_fit(config: str, num_runs: int, warm: bool, flags: list[str]) -> dict
         values = [value for run in results if (value := read(run)) is not None]
         if values:
             rows[name] = (values, decimals)
-    print(f"\n{config} on {results[0]['dataset']}, {results[0]['num_train']:,} training images; {device()}")
+    place = device(str(settings.trainer.accelerator))
+    print(f"\n{config} on {results[0]['dataset']}, {results[0]['num_train']:,} training images; {place}")
     print(table(rows), flush=True)
     return {
+        "device": place,
         "dataset": results[0]["dataset"],
         "warm": warm,
         "seeds": [run["seed"] for run in results],
@@ -280,8 +284,7 @@ class _Stopwatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step in (self.first, self.last):
-            if pl_module.device.type == "cuda":
-                torch.cuda.synchronize()
+            clock.wait_for(pl_module.device)
             self.times.append(time.perf_counter())
 
     @property
@@ -291,7 +294,8 @@ class _Stopwatch(Callback):
 
 def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
     """Measures the recipe's step as configured and under barebones, in turn."""
-    limit = _settings(flags).trainer.max_steps
+    settings = _settings(flags)
+    limit = settings.trainer.max_steps
     if limit in (0, 1):
         raise UserError(f"--trainer.max_steps {limit}: --stage step needs 2 or more")
     num_steps = limit if limit >= 0 else TIMED_STEPS + UNTIMED_STEPS
@@ -314,13 +318,13 @@ def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
                     command.datamodule.setup("fit")
                     trainer = command.trainer
                     if kind == "barebones":
-                        settings = command.config["trainer"]
+                        given = command.config["trainer"]
                         trainer = Trainer(
                             barebones=True,
                             callbacks=[stopwatch],
                             max_steps=num_steps,
                             use_distributed_sampler=False,
-                            **{key: settings[key] for key in ("accelerator", "devices", "precision", "num_nodes")},
+                            **{key: given[key] for key in ("accelerator", "devices", "precision", "num_nodes")},
                         )
                         command.datamodule.trainer = trainer
                     else:
@@ -331,10 +335,11 @@ def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
                         command.run.unlock()
                 measured.append(1000 * stopwatch.seconds_a_step)
     ratios = [a / b for a, b in zip(milliseconds["as configured"], milliseconds["barebones"], strict=True)]
-    print(f"milliseconds a step of {config}, {num_steps - untimed} steps a repetition; {device()}")
+    place = device(str(settings.trainer.accelerator))
+    print(f"milliseconds a step of {config}, {num_steps - untimed} steps a repetition; {place}")
     print(table({**{name: (values, 3) for name, values in milliseconds.items()}, "ratio": (ratios, 3)}), flush=True)
     named = {**milliseconds, "ratio": ratios}
-    return {"num_steps": num_steps - untimed} | {
+    return {"device": place, "num_steps": num_steps - untimed} | {
         name: {**summary(values), "median": statistics.median(values), "values": values}
         for name, values in named.items()
     }
@@ -358,13 +363,12 @@ def _bench_loader(config: str, num_runs: int, flags: list[str]) -> dict[str, Any
             for images, _ in loader:
                 num_images += len(normalise(images, model.mean, model.std))
             epoch += 1
-        if root.type == "cuda":
-            torch.cuda.synchronize()
+        clock.wait_for(root)
         rates.append(num_images / (time.perf_counter() - started))
     rates = rates[1:]  # the first warms up
-    print(f"images/s of {config}'s input pipeline, batch {data.batch_size}; {device()}")
+    print(f"images/s of {config}'s input pipeline, batch {data.batch_size}; {device(root.type)}")
     print(table({"images/s": (rates, 0)}), flush=True)
-    return {"dataset": data.dataset, "images/s": {**summary(rates), "values": rates}}
+    return {"device": device(root.type), "dataset": data.dataset, "images/s": {**summary(rates), "values": rates}}
 
 
 if __name__ == "__main__":

@@ -206,7 +206,8 @@ class Device(TorchDispatchMode):
         if stays:
             self.launches["_to_copy"] += 1
         elif is_ours:
-            self.note("d2h", "_to_copy")
+            asynchronous = kwargs.get("non_blocking") and self.kind == "cuda"  # torch pins what it copies to
+            self.note("d2h async" if asynchronous else "d2h", "_to_copy")
         else:
             asynchronous = kwargs.get("non_blocking") and hasattr(tensor, "is_pretended_pinned")
             self.note("h2d async" if asynchronous else "h2d" if tensor.dim() else "h2d scalar", "_to_copy")

@@ -6,10 +6,14 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import scipy.stats  # type: ignore[import-untyped]
+import torch
 from helpers import ROOT, Run, error_of
+from pretend import pretended
 
 from lit_cifar import bench, fit
 from lit_cifar.errors import UserError
@@ -84,6 +88,28 @@ def test_the_loader_alone_is_measured(capsys: pytest.CaptureFixture[str], monkey
     assert result["config"] == "tutorial"
     assert len(result["images/s"]["values"]) == 2
     assert min(result["images/s"]["values"]) > 1000
+
+
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+@pytest.mark.parametrize(("kind", "named"), [("mps", "Apple GPU (mps)"), ("cuda", "1 x Pretended H100")])
+def test_a_gpu_is_waited_for_and_named(
+    kind: str, named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SECONDS_A_REPETITION", 0.01)
+    waits: list[str] = []
+    trainer: Any = SimpleNamespace(global_step=3)
+    module: Any = SimpleNamespace(device=torch.device(kind))
+    flags = ["tutorial", "--stage", "loader", "--runs", "1", "--dataset", "shapes", "--batch_size", "5000"]
+    with pretended(kind):
+        monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda: waits.append(kind))
+        bench._Stopwatch(3, 4).on_train_batch_end(trainer, module, {}, None, 0)
+        assert waits == [kind]
+        bench.main(flags)
+        assert waits == [kind] * 3, "and the two repetitions, of which the first warms up"
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["device"].startswith(named)
+        bench.main([*flags, "--accelerator", "cpu"])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["device"].startswith("CPU")
+    assert waits == [kind] * 3
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,18 @@ def test_whatever_is_missing_the_rest_goes_on(tmp_path: Path) -> None:
     assert done.stdout.strip().endswith(Path("out/gpu-results.md").read_text().strip())
 
 
+def test_an_output_folder_that_cannot_be_used_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "gpu-results.jsonl").write_text('{"part": "environ')
+    for output in (tmp_path / "file" / "results", tmp_path):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--output", str(output)])
+        with pytest.raises(SystemExit, match="2"):
+            gpu.main()
+        assert f"gpu.py: error: --output {output}: " in capsys.readouterr().err
+
+
 def test_data_that_are_not_there_cost_no_time(tmp_path: Path) -> None:
     args = argparse.Namespace(data_dir=tmp_path / "absent", peers=None, accelerator="cpu", flags=[], runs=1)
     for name in ("environment", "waits", "speedrun94", "loader"):

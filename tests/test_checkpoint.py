@@ -16,7 +16,9 @@ import torch
 from helpers import SHAPES, assert_same_run, disk_with_room_for, error_of, results
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from pretend import pretended
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._pytree import tree_leaves
 
 import lit_cifar.fit
 from lit_cifar.model.module import LitClassifier
@@ -40,6 +42,51 @@ CHECKPOINT = {
 
 def save(path: Path) -> None:
     DurableCheckpointIO().save_checkpoint(CHECKPOINT, path)
+
+
+def test_a_gpus_tensors_are_saved_as_a_cpus_and_copied_without_waiting_for_each(tmp_path: Path) -> None:
+    def state(device: str) -> dict[str, Any]:
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(
+            memory_format=torch.channels_last
+        )
+        torch.nn.init.ones_(net[0].weight)
+        torch.nn.init.ones_(net[0].bias)  # type: ignore[arg-type]
+        momenta = [
+            {"momentum_buffer": torch.arange(6.0).view(2, 3).t().to(device), "scale": torch.tensor(2).to(device)}
+        ]
+        return {"state_dict": net.to(device).state_dict(), "optimizer_states": momenta, "classes": ("a", "b")}
+
+    DurableCheckpointIO().save_checkpoint(state("cpu"), tmp_path / "cpu.ckpt")
+    with pretended("cuda") as device:
+        on_device = state("cuda:0")
+        device.waits.clear()
+        DurableCheckpointIO().save_checkpoint(on_device, tmp_path / "cuda.ckpt")
+    assert {kind for kind, *_ in device.waits} == {"d2h async"}
+    torch.save(state("cpu"), tmp_path / "plain.ckpt")
+    cpu, cuda, plain = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("cpu", "cuda", "plain"))
+    for saved in (cpu, cuda):
+        assert saved["state_dict"]._metadata == plain["state_dict"]._metadata
+        for one, other in zip(tree_leaves(saved), tree_leaves(plain), strict=True):
+            if isinstance(other, torch.Tensor):
+                assert (one.dtype, one.stride(), one.device) == (other.dtype, other.stride(), other.device)
+                assert torch.equal(one, other)
+            else:
+                assert one == other
+
+
+def test_tensors_that_share_memory_share_it_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a CPU's in place of a GPU's, which a pretended GPU's tensors cannot share."""
+    monkeypatch.setattr(save_module, "_is_on_gpu", lambda value: type(value) is torch.Tensor)
+    waits: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    whole = torch.arange(1000.0)
+    checkpoint = {"whole": whole, "part": whole[100:200:2], "turned": whole.view(10, 100).t()}
+    DurableCheckpointIO().save_checkpoint(checkpoint, tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in checkpoint.items())
+    assert all(saved[name].stride() == tensor.stride() for name, tensor in checkpoint.items())
+    assert len({tensor.untyped_storage().data_ptr() for tensor in saved.values()}) == 1
+    assert len(waits) == 1
 
 
 @pytest.fixture
@@ -75,7 +122,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_whole(last: Path, roo
 def test_a_save_that_fails_half_way_says_why(
     last: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
-    def save_half(checkpoint: object, file: io.BufferedWriter) -> None:
+    def save_half(checkpoint: object, file: io.BufferedWriter, **options: Any) -> None:
         file.write(b"half")
         raise error
 

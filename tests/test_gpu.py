@@ -17,7 +17,6 @@ import pytest
 import torch
 from helpers import ROOT, Run, results, scalars
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.utils._pytree import tree_leaves
 
 import lit_cifar.fit
 import lit_cifar.test
@@ -118,10 +117,10 @@ def test_a_recipe_keeps_the_gpu_busy(name: str, precision: str, monkeypatch: pyt
         assert not found, f"step {number}"
     assert batches
     assert not [found for found in batches if found]
-    # one wait to learn that all is finite, and each tensor's copy
-    saved = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
-    num_tensors = sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(saved))
-    assert max(map(len, saves)) <= num_tensors + 5
+    for (
+        found
+    ) in saves:  # one wait to learn that all is finite, one for all copies, and a few around them: none a tensor
+        assert len(found) <= 5, found
     assert results("version_0")["num_test"] == 200
 
 

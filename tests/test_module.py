@@ -159,6 +159,31 @@ def test_loggers_get_the_reports_own_values() -> None:
     assert logger.metrics == {**{f"test/{name}": value for name, value in report.scalars().items()}, "step": 7}
 
 
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_an_evaluation_that_was_broken_off_leaves_no_counts(stage: str) -> None:
+    """As Ctrl-C in a notebook does, or a batch too large for the device's memory."""
+    data = Data()
+    data.val_dataloader = data.test_dataloader  # type: ignore[method-assign]
+    module = LitClassifier(linear(10), tta="mirror")
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    evaluate_all = getattr(trainer, stage)
+    evaluate_all(module, datamodule=data, verbose=False)
+    reports = dict(module.reports)
+    inner = module._evaluate
+
+    def breaks_off(*given: Any) -> None:
+        inner(*given)
+        raise RuntimeError("out of memory")
+
+    module._evaluate = breaks_off  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate_all(module, datamodule=data, verbose=False)
+    module._evaluate = inner  # type: ignore[method-assign]
+    evaluate_all(module, datamodule=data, verbose=False)
+    for name, report in reports.items():
+        assert torch.equal(module.reports[name].confusion, report.confusion)
+
+
 def test_the_check_before_training_reports_nothing_and_leaves_no_counts() -> None:
     checked, fresh = LitClassifier(linear(10)), LitClassifier(linear(10))
     for module in (checked, fresh):

@@ -239,6 +239,13 @@ class LitClassifier(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("test", batch)
 
+    def on_validation_epoch_start(self) -> None:
+        self._tally("val").reset()  # an evaluation that an error ended left its counts
+
+    def on_test_epoch_start(self) -> None:
+        for stage in ("test", "plain"):
+            self._tally(stage).reset()
+
     def on_validation_epoch_end(self) -> None:
         self._report("val")
 

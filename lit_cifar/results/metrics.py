@@ -229,6 +229,10 @@ class Tally(nn.Module):
             Calibration.of(pairs, confidences, self.num_classes),
             Mistakes.of(*self.mistakes.compute()),
         )
+        self.reset()
+        return taken
+
+    def reset(self) -> None:
+        """Forgets what was counted."""
         for metric in (self.outcomes, self.mistakes):
             metric.reset()
-        return taken

@@ -4,11 +4,13 @@ reads states."""
 import contextlib
 import math
 import os
+import pickle
 import signal
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lit_cifar import clock, log
 from lit_cifar.errors import DivergedError, UserError, calls_chosen
@@ -23,6 +27,39 @@ from lit_cifar.files import move, replaced, write_durably, writing
 from lit_cifar.run.folder import Run
 from lit_cifar.run.read import read_checkpoint
 from lit_cifar.run.stop import STOP_SIGNALS, Agreement, Stopped
+
+
+class _Pickler(pickle.Pickler):
+    """Has all tensors of a GPU copied, and then waits once; torch.save would wait for each. In the file they are the
+    CPU's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._copies: dict[int, Tensor] = {}  # of whole storages, which several tensors may share
+        self._devices: set[torch.device] = set()
+
+    def reducer_override(self, value: Any) -> Any:
+        if not _is_on_gpu(value):
+            return NotImplemented
+        storage = value.untyped_storage()
+        if storage._cdata not in self._copies:
+            whole = value.detach().as_strided((storage.nbytes() // value.element_size(),), (1,), 0)
+            self._copies[storage._cdata] = whole.to("cpu", non_blocking=True)  # into pinned memory
+            self._devices.add(value.device)
+        copied = self._copies[storage._cdata].as_strided(value.shape, value.stride(), value.storage_offset())
+        return copied.requires_grad_(value.requires_grad).__reduce_ex__(2)
+
+    def dump(self, checkpoint: Any) -> None:
+        super().dump(checkpoint)
+        for device in self._devices:
+            torch.cuda.synchronize(device)  # torch.save writes what the tensors hold only after this
+
+
+def _is_on_gpu(value: Any) -> bool:
+    """Whether a value is a tensor as such; parameters and other classes bring those that they are made of."""
+    if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter) or is_traceable_wrapper_subclass(value):
+        return False
+    return value.device.type == "cuda" and value.layout == torch.strided
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -34,7 +71,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         try:
             with replaced(Path(path)) as file:
-                torch.save(checkpoint, file)
+                torch.save(checkpoint, file, pickle_module=SimpleNamespace(__name__="pickle", Pickler=_Pickler))
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
             lines = str(error).splitlines()  # below a RuntimeError's first line stands where in torch it came from
             reason = getattr(error, "strerror", None) or (lines[0] if lines else type(error).__name__)
