@@ -2,7 +2,6 @@
 environment. Commands begin with it, before the imports that take seconds; errors.py ends them."""
 
 import contextlib
-import ctypes
 import io
 import os
 import signal
@@ -158,6 +157,8 @@ def _end_with(launcher: int) -> None:
     """Has the system end this process when its launcher ends, in whatever way, or a thread where the system cannot."""
     if os.name != "posix":  # on Windows a venv's python.exe starts the true one, and a parent's id stays when it ends
         return
+    import ctypes  # its library opens a file of its own, which must not get the number of a closed stream
+
     prctl = None
     with contextlib.suppress(OSError, AttributeError, TypeError):
         prctl = ctypes.CDLL(None).prctl  # Linux
