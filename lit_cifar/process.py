@@ -2,7 +2,6 @@
 environment. Commands begin with it, before the imports that take seconds; errors.py ends them."""
 
 import contextlib
-import ctypes
 import errno
 import io
 import os
@@ -159,6 +158,8 @@ def _open_streams() -> None:
 
 def _end_with(launcher: int) -> None:
     """Has the system end this process when its launcher ends, in whatever way, or a thread where the system cannot."""
+    import ctypes  # its library opens a file of its own, which must not get the number of a closed stream
+
     if sys.platform == "win32":
         # not by getppid: a venv's python.exe starts the true one, and a parent's id stays when it ends
         kernel = ctypes.WinDLL("kernel32")
@@ -176,6 +177,8 @@ def _end_with(launcher: int) -> None:
 
 
 def _wait_on_windows(kernel: Any, handle: int | None) -> None:
+    import ctypes
+
     if handle:
         kernel.WaitForSingleObject(ctypes.c_void_p(handle), -1)
     os._exit(1)

@@ -24,6 +24,8 @@ from lit_cifar.data import shapes  # noqa: E402
 
 # LightningCLI 2.6.6 calls names that jsonargparse 4.49 deprecates; not ours to fix
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+# a shell has it ignored in what it starts in the background, and commands would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -57,8 +57,12 @@ def trial_of(run: str) -> dict[str, Any]:
     return json.loads(Path(f"lightning_logs/{run}/trial.json").read_text())
 
 
-def study(file: str = "lightning_logs/sweeps/tutorial-space.db") -> Any:
-    return optuna.load_study(study_name=STUDY, storage=f"sqlite:///{file}")
+def trials() -> list[Any]:
+    storage = optuna.storages.RDBStorage("sqlite:///lightning_logs/sweeps/tutorial-space.db")
+    try:
+        return optuna.load_study(study_name=STUDY, storage=storage).trials
+    finally:
+        storage.engine.dispose()  # Python 3.13 and later warn of connections that are left open
 
 
 def test_a_trial_is_the_run_that_fit_makes_of_its_values(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +97,7 @@ def test_the_test_set_is_read_once_when_all_trials_are_done(
 
     def draw_and_count(train: bool) -> Split:
         if not train:
-            done.append(sum(trial.state.is_finished() for trial in study().trials))
+            done.append(sum(trial.state.is_finished() for trial in trials()))
         return draw(train)
 
     monkeypatch.setattr(shapes, "draw_shapes", draw_and_count)
@@ -133,7 +137,7 @@ def test_a_sweep_killed_in_a_trial_goes_on_to_the_same_trials_and_the_same_best(
     search(SPACE, 3, *long)
     assert "1 of 3 trials are done" in capsys.readouterr().out
     assert [trial_of(f"version_{i}")["state"] for i in range(4)] == ["complete", "killed", "complete", "complete"]
-    states = [trial.state.name for trial in study().trials]
+    states = [trial.state.name for trial in trials()]
     assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
     (tmp_path / "whole").mkdir()
@@ -163,8 +167,8 @@ def test_a_pruned_trial_stops_early_and_cannot_win(monkeypatch: pytest.MonkeyPat
     ]
     stopped = torch.load("lightning_logs/version_1/checkpoints/last.ckpt", weights_only=True)
     assert stopped["global_step"] == 6
-    assert [trial.state.name for trial in study().trials] == ["COMPLETE", "PRUNED"]
-    assert [len(trial.intermediate_values) for trial in study().trials] == [3, 2]
+    assert [trial.state.name for trial in trials()] == ["COMPLETE", "PRUNED"]
+    assert [len(trial.intermediate_values) for trial in trials()] == [3, 2]
     assert Path("lightning_logs/version_0/results.json").is_file()
     assert not Path("lightning_logs/version_1/results.json").is_file()
 
@@ -213,7 +217,7 @@ def test_a_storage_goes_on_with_what_it_began_with_and_for_one_sweep_at_a_time()
     with pytest.raises(UserError, match=r"photo.db cannot be used \(.*file is not a database\)"):
         search(SPACE, 2, *FLAGS, "--storage", "photo.db")
     assert Path("photo.db").read_bytes() == b"not a database" * 1000
-    assert len(study().trials) == 1
+    assert len(trials()) == 1
     Path("lightning_logs/version_0/checkpoints/best.ckpt").unlink()
     with pytest.raises(UserError, match="version_0 is gone"):
         search(SPACE, 1, *FLAGS)
@@ -232,7 +236,7 @@ def test_what_no_trial_could_survive_ends_the_sweep_and_burns_no_trial(monkeypat
         with pytest.raises(UserError, match="No space left"):
             search(SPACE, 1, *FLAGS)
     search(SPACE, 1, *FLAGS)
-    assert [trial.state.name for trial in study().trials] == ["FAIL", "COMPLETE"]
+    assert [trial.state.name for trial in trials()] == ["FAIL", "COMPLETE"]
     with pytest.raises(UserError, match="before its first validation"):
         search(SPACE, 1, *FLAGS, "--trainer.max_steps", "1", "--storage", "short.db")
 

@@ -94,6 +94,7 @@ INTERNALS = {
     "_num_ready_batches_reached": [EPOCH_LOOP],
     "_num_training_steps": [f"{LIGHTNING}.callbacks:LearningRateFinder"],
     "_option_string_actions": ["argparse:_ActionsContainer"],
+    "_proc_member": ["tarfile:TarInfo"],
     "_results": [EPOCH_LOOP],
     "_set_seed": [f"{LIGHTNING}.cli:LightningCLI"],
     "_should_check_val_epoch": [EPOCH_LOOP],

@@ -189,14 +189,13 @@ class _StrictTarInfo(tarfile.TarInfo):
     Long names and sparse files, which it would read into memory whatever their size, end at MAX_NAME_BYTES.
     """
 
-    @classmethod
-    def frombuf(cls, *args: Any) -> "_StrictTarInfo":
-        info = super().frombuf(*args)
-        if info.type in NAME_TYPES and info.size > MAX_NAME_BYTES:
-            raise tarfile.ReadError(f"a name of {info.size} bytes")
-        if info.type == tarfile.GNUTYPE_SPARSE:
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        """Reads what follows a header; frombuf, which is public, is passed by since Python 3.14.8."""
+        if self.type in NAME_TYPES and self.size > MAX_NAME_BYTES:
+            raise tarfile.ReadError(f"a name of {self.size} bytes")
+        if self.type == tarfile.GNUTYPE_SPARSE:
             raise tarfile.ReadError("a sparse file, which only GNU tar writes")
-        return info
+        return super()._proc_member(tar)  # type: ignore[misc]
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_StrictTarInfo":

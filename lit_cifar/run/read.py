@@ -5,6 +5,7 @@ import os
 import pickle
 import pickletools
 import re
+import stat
 import zipfile
 from pathlib import Path
 from typing import Any, cast
@@ -77,7 +78,7 @@ def find_checkpoint(resume: str, save_dir: Path) -> Path | None:
         path = Path(resume)
         if states_of(path):
             return _newest_whole(path, resume)
-        if not path.is_file():
+        if not _is_file(path):
             raise UserError(
                 f"--resume {resume}: no such checkpoint; name a .ckpt file, a run's folder, 'auto' or 'if-any'"
             )
@@ -95,7 +96,15 @@ def states_of(run: Path) -> list[Path]:
     """The files of a run's newest states, the newest first."""
     found = [run / CHECKPOINTS / "last.ckpt", *(run / CHECKPOINTS).glob("last-*.ckpt")]
     ages = {path: int(age[1]) if (age := re.search(r"-(\d+)$", path.stem)) else 0 for path in found}
-    return sorted((path for path in found if path.is_file()), key=ages.__getitem__)
+    return sorted(filter(_is_file, found), key=ages.__getitem__)
+
+
+def _is_file(path: Path) -> bool:
+    """As Path.is_file, which from Python 3.14 on is False too where a path is too long or may not be looked at."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _newest_whole(run: Path, resume: str) -> Path:
