@@ -233,9 +233,9 @@ FOLLOWER = "from lit_cifar import process; process.begin(); print('began', flush
 # windows.py's kernel32 tells whether a process is still the parent
 PRELUDES = {
     "prctl": "import time\n",
-    "a thread": "import time\nfrom lit_cifar import process\nprocess.ctypes = None\n",
-    "Windows": "import time, windows\nfrom lit_cifar import process\n"
-    "process.sys, process.ctypes = windows.WINDOWS['sys'], windows.WINDOWS['ctypes']\n",
+    "a thread": "import sys, time, types\nsys.modules['ctypes'] = types.ModuleType('ctypes')\n",
+    "Windows": "import sys, time, windows\nfrom lit_cifar import process\n"
+    "process.sys, sys.modules['ctypes'] = windows.WINDOWS['sys'], windows.WINDOWS['ctypes']\n",
 }
 
 
