@@ -92,7 +92,7 @@ def test_the_loader_alone_is_measured(capsys: pytest.CaptureFixture[str], monkey
         (["--runs", "3"], "the recipe comes first: python -m lit_cifar.bench CONFIG "),
         (["nowhere.yaml"], "CONFIG nowhere.yaml is no file and no recipe; the recipes are resnet18, "),
         (["speedrum94"], "CONFIG speedrum94 is no file and no recipe: did you mean speedrun94"),
-        ([os.devnull], f"CONFIG {os.devnull} can be read once only: name a file"),
+        ([os.devnull], f"CONFIG {os.devnull} is a pipe or device, and is read more than once: name a file"),
         ([RECIPE, "--runs", "0"], "--runs: expected a number from 1, got 0"),
         ([RECIPE, "--stage", "walk"], "--stage: expected one of fit, step, loader"),
         ([RECIPE, "--warm", "maybe"], "--warm: expected true or false"),
