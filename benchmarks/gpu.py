@@ -227,7 +227,7 @@ def command_of(name: str, args: argparse.Namespace, work: Path, ends: float) -> 
             raise ValueError(f"{first} is not in {args.peers}")
         if not (work / "cifar10/test.pt").exists():
             raise ValueError("the data could not be written for it: see environment")
-        (work / first).write_text(edited(found[0].read_text(), args.runs, ends))
+        (work / first).write_text(edited(found[0].read_text(encoding="utf-8"), args.runs, ends), encoding="utf-8")
         return [sys.executable, first], work
     if name != "tests" and not args.data_dir.exists():
         raise ValueError(f"no data at {args.data_dir}: nothing is downloaded here")
@@ -309,7 +309,7 @@ def main() -> None:
     kept = args.output / "gpu-results.jsonl"
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        lines = kept.read_text().splitlines() if kept.exists() else []
+        lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
         rows = {row["part"]: row for row in map(json.loads, lines)}
     except (OSError, ValueError) as error:  # no folder to write in, or a file cut short
         parser.error(f"--output {args.output}: {error}; choose another")
@@ -323,8 +323,8 @@ def main() -> None:
                 if left >= PARTS[name].least:
                     rows[name] = measure(name, args, Path(work), allowed(names[index:], left))
                 print(f"{name}: {rows[name]['state']}; {rows[name].get('figures', '')}", flush=True)
-                kept.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-                (args.output / "gpu-results.md").write_text(table(rows))
+                kept.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")
+                (args.output / "gpu-results.md").write_text(table(rows), encoding="utf-8")
     finally:
         print(f"\n{table(rows)}", flush=True)
 

@@ -53,7 +53,7 @@ def environment(data_dir: Path, folder: Path | None) -> None:
 
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        tell(GPU=subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip())
+        tell(GPU=subprocess.run(query, capture_output=True, encoding="utf-8", timeout=30, check=True).stdout.strip())
     tell(**versions(), CUDA=torch.version.cuda, cuDNN=torch.backends.cudnn.version(), cores=os.cpu_count())
     tell(commit=os.environ.get("COMMIT") or commit(), date=time.strftime("%Y-%m-%d"))
     started = time.perf_counter()
@@ -71,7 +71,7 @@ def own_flags(recipe: str, flags: list[str]) -> list[str]:
 
 def runs(recipe: str, num_runs: int, ends: float, flags: list[str]) -> None:
     """Tells results.json of one epoch, which warms up, and of as many runs as end in time, with seeds of their own."""
-    num_epochs = yaml.safe_load(Path(f"configs/{recipe}.yaml").read_text())["trainer"]["max_epochs"]
+    num_epochs = yaml.safe_load(Path(f"configs/{recipe}.yaml").read_text(encoding="utf-8"))["trainer"]["max_epochs"]
     flags = own_flags(recipe, flags)
     if recipe.startswith("speedrun") and "cpu" not in flags:
         flags += ["--compile", "true"]
@@ -91,7 +91,7 @@ def one_run(own: list[str], flags: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="gpu-run-") as folder:
         fit.main([*flags, *own, "--trainer.default_root_dir", folder])
         (path,) = Path(folder).glob("lightning_logs/version_*/results.json")
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
     results = {key: results[key] for key in ("accuracy", "seconds", "num_steps", "peak_memory")}
     results["seconds"].pop("pieces", None)
     dynamo = sys.modules.get("torch._dynamo.utils")

@@ -92,9 +92,7 @@ def split_flags(args: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
     """
     if args[0].startswith("-"):
         raise UserError(f"the recipe comes first: {USAGE}")
-    config = find_config(args[0], "CONFIG")
-    if not Path(config).is_file():
-        raise UserError(f"CONFIG {config} can be read once only: name a file")
+    find_config(args[0], "CONFIG")  # there is one
     parser = FlagParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--stage", default="fit")

@@ -44,5 +44,6 @@ def escaped(line: str) -> str:
 
 def nearest(typed: str, known: Iterable[str]) -> str:
     """': did you mean X?' for the known spelling nearest to what was typed; empty when none is near."""
-    close = difflib.get_close_matches(typed, list(known), n=1)
-    return f": did you mean {close[0]}?" if close else ""
+    spelt = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(typed.casefold(), list(spelt), n=1)
+    return f": did you mean {spelt[close[0]]}?" if close else ""

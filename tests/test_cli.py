@@ -153,6 +153,7 @@ NAMES = "the recipes are resnet18, speedrun94, speedrun95, speedrun96, tutorial"
             "configs/tutorial.yaml",
             f"--config configs/tutorial.yaml is no file and no recipe: did you mean tutorial?; {NAMES}",
         ),
+        ("TUTORIAL", f"--config TUTORIAL is no file and no recipe: did you mean tutorial?; {NAMES}"),
         ("../tutorial", f"--config ../tutorial is no file and no recipe: did you mean tutorial?; {NAMES}"),
         ("a\0b", f"--config 'a\\x00b' is no file and no recipe; {NAMES}"),
         ("", f"--config '' is a folder and no recipe; {NAMES}"),
@@ -167,6 +168,20 @@ def test_a_config_that_is_not_there_is_told_with_the_recipes(config: str, messag
     Path("folder").mkdir()
     Path("of.yaml").write_text("config: speedrun94\nmodel: {lr: 0.5}\n")
     assert error_of(lit_cifar.fit.main, ["--config", config]) == message
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_config_that_is_a_pipe_is_refused_and_waits_for_nobody() -> None:
+    os.mkfifo("pipe")
+    reading, writing = os.pipe()  # as `--config <(...)` gives one
+    os.write(writing, b"model: {lr: 0.5}\n")
+    os.close(writing)
+    try:
+        for name in ("pipe", f"/dev/fd/{reading}"):
+            message = f"--config {name} is a pipe or device, and is read more than once: name a file"
+            assert error_of(lit_cifar.fit.main, ["--config", name]) == message
+    finally:
+        os.close(reading)
 
 
 def test_a_config_written_out_on_the_command_line_is_read(capsys: pytest.CaptureFixture[str]) -> None:

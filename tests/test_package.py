@@ -140,6 +140,16 @@ def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(built: tup
     assert "lit_cifar = lit_cifar.__main__:main" in script
 
 
+def test_an_editable_install_is_a_line_in_a_pth_file(built: tuple[Path, Path], tmp_path: Path) -> None:
+    """A finder would come after a folder of this name: the clone itself, seen from the folder that it lies in."""
+    code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    folder = built[0].parent / f"lit_cifar-{lit_cifar.__version__}"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        (name,) = (name for name in wheel.namelist() if ".dist-info/" not in name)
+        assert wheel.read(name).decode().strip() == str(folder)
+
+
 def test_the_sdist_holds_what_its_tests_need(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}

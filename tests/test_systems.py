@@ -513,6 +513,8 @@ def test_text_names_its_encoding_and_posix_is_asked_for(path: Path) -> None:
     found = list(faults(path.read_text(encoding="utf-8")))
     if path.name == "files.py":  # which has the one that waits
         found.remove(next(line for line in found if "files.move" in line))
+    if path.name == "gpu.py":  # which gpu.sh starts, in bash
+        found = [line for line in found if "SIGKILL" not in line and "killpg" not in line]
     assert not found
 
 

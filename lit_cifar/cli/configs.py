@@ -35,11 +35,13 @@ def find_config(name: str, flag: str, kind: str = "") -> str:
         kind: 'sweeps' for a study.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is neither, or it is a pipe.
     """
     path = local_path(name, flag)
-    if os.path.exists(path) and not os.path.isdir(path):  # it may be a pipe
+    if os.path.isfile(path):
         return str(path)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UserError(f"{flag} {printable(name)} is a pipe or device, and is read more than once: name a file")
     known = recipes(kind)
     if name in known:
         return str(known[name])
