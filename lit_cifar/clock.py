@@ -25,8 +25,8 @@ def note(span: str, seconds: float) -> None:
 
 
 def seconds() -> dict[str, float]:
-    """Of each part up to now, and of the spans that were noted. A second counts in one part: one within another, such as
-    a save between two steps, stops the other's clock."""
+    """Of each part up to now, and of the spans that were noted. A second counts in one part: one within another, such
+    as a save between two steps, stops the other's clock."""
     _turn()
     return dict(_seconds)
 
