@@ -19,9 +19,14 @@ def reset() -> None:
     _seconds.update(dict.fromkeys(PARTS, 0.0))
 
 
+def note(span: str, seconds: float) -> None:
+    """Notes how long a span took in which parts lie, such as the way to the first step."""
+    _seconds[span] = seconds
+
+
 def seconds() -> dict[str, float]:
-    """Of each part up to now. A second counts once: a part within another, such as a save between two steps, stops the
-    other's clock."""
+    """Of each part up to now, and of the spans that were noted. A second counts in one part: one within another, such
+    as a save between two steps, stops the other's clock."""
     _turn()
     return dict(_seconds)
 

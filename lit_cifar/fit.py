@@ -32,7 +32,6 @@ from lit_cifar.results.report import peak_memory, print_report, write_results  #
 from lit_cifar.run.check import check_state  # noqa: E402
 from lit_cifar.run.folder import Run  # noqa: E402
 from lit_cifar.run.read import State, find_checkpoint, read_checkpoint  # noqa: E402
-from lit_cifar.training.progress import Progress  # noqa: E402
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "running_loss")  # of a config
 # what the end of a training run depends on
@@ -117,13 +116,8 @@ def train(command: CLI, started: float) -> dict[str, float]:
     finally:
         gc.unfreeze()  # or what an earlier run of this process left, its images among it, would stay for ever
     fit_ended = time.perf_counter()
-    progress = next(callback for callback in trainer.callbacks if isinstance(callback, Progress))  # type: ignore[attr-defined]
-    return {
-        "start": (progress.train_started or fit_ended) - started,  # the latter if nothing was left to train
-        "first_step": progress.first_step_seconds,
-        "fit": fit_ended - fit_started,
-        **clock.seconds(),
-    }
+    # the first two if nothing was left to train
+    return {"start": fit_ended - started, "first_step": 0.0, "fit": fit_ended - fit_started, **clock.seconds()}
 
 
 @calls_chosen("in the test")
@@ -133,7 +127,7 @@ def finish(command: CLI, started: float, seconds: dict[str, float]) -> None:
     The state that is tested is the best where validation chose one, else the last; it is one of the run's files.
     """
     trainer, model, data, run = command.trainer, command.model, command.datamodule, command.run
-    test_started = time.perf_counter()
+    test_started, compiled = time.perf_counter(), clock.seconds().get("compile", 0.0)
     tested = None
     if run is not None and (checkpoints := command.checkpoints) is not None:
         tested = "best" if data.num_val and checkpoints.has_best(trainer) else "last"
@@ -149,8 +143,9 @@ def finish(command: CLI, started: float, seconds: dict[str, float]) -> None:
         return
     try:
         if run is not None:  # first: what is printed may fail, on a terminal that is gone or cannot show it
-            now = time.perf_counter()
-            piece = {**seconds, "test": now - test_started, "total": now - started}
+            now, compiled = time.perf_counter(), clock.seconds().get("compile", 0.0) - compiled  # for the test
+            piece = {**seconds, "compile": seconds.get("compile", 0.0) + compiled}
+            piece |= {"test": now - test_started - compiled, "total": now - started}
             pieces = [*run.earlier, piece]
             whole = {key: sum(piece.get(key, 0.0) for piece in pieces) for key in piece}
             again = f", then test again with --resume {run.folder}" if run.checkpoint("last").is_file() else ""

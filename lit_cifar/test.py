@@ -12,6 +12,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from lit_cifar import clock
 from lit_cifar.cli import machine
 from lit_cifar.cli.command import set_up
 from lit_cifar.cli.parser import TRUST, Parser
@@ -55,12 +56,14 @@ def main(args: list[str]) -> None:
 
     # those that the run was trained with, and a test does without
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
+    clock.reset()
     test_started = time.perf_counter()
     trainer.test(model, datamodule=data, ckpt_path=state.path, weights_only=True, verbose=False)
     if not trainer.is_global_zero:
         return
     now = time.perf_counter()
-    seconds = {"test": now - test_started, "total": now - started}
+    compiled = clock.seconds()["compile"]
+    seconds = {"compile": compiled, "test": now - test_started - compiled, "total": now - started}
     try:
         with writing(output, WAY_OUT):
             write = write_output if chosen else write_durably

@@ -373,6 +373,8 @@ def test_a_killed_piece_counts_up_to_its_last_save_and_is_not_done(capsys: pytes
     noted = read_checkpoint(run / "checkpoints" / "last.ckpt").chosen["seconds"]
     assert noted[0] == first["seconds"]["pieces"][0]
     assert 0 < noted[1]["steps"] + noted[1]["save"] < noted[1]["fit"] < noted[1]["total"]
+    assert 0 < noted[1]["start"] < noted[1]["total"]
+    assert 0 < noted[1]["first_step"] < noted[1]["fit"]
     lit_cifar.fit.main(["--resume", "auto", "--trust", "true", "--trainer.callbacks", "null"])
     pieces = results("version_0")["seconds"]["pieces"]
     assert (len(pieces), pieces[:2]) == (3, noted)

@@ -212,6 +212,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_last_batch:
+            if trainer.global_step > self._saved_step:  # ended by what is asked after this callback
+                self._save_within_epoch(trainer)
             return
         due = (
             time.monotonic() - self._saved_at >= self.epoch_end_seconds
@@ -225,6 +227,17 @@ class Checkpoints(Checkpoint):
             interrupted, _ = self._agree(wait=True)  # a signal may have come meanwhile
         if interrupted:
             self._stop(trainer)
+
+    def _save_within_epoch(self, trainer: Trainer) -> None:
+        # Lightning counts an epoch as done however it ends, and a resumed run would leave out its other batches
+        epochs: Any = trainer.fit_loop.epoch_progress
+        for count in (epochs.current, epochs.total):
+            count.processed -= 1
+        try:
+            self._save(trainer, "last")
+        finally:
+            for count in (epochs.current, epochs.total):
+                count.processed += 1
 
     def _agree(self, due: bool = False, wait: bool = False) -> tuple[bool, bool]:
         """Whether any rank got a signal, and whether one thinks that it is time for a save; the same on all ranks."""

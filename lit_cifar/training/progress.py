@@ -39,7 +39,7 @@ class Progress(Callback):
         self.every_n_steps: int = checked("--running_loss.every_n_steps", every_n_steps, PositiveInt)
         self.run: Run | None = None  # the command sets it; without one the disk is not watched
         self.train_started = 0.0  # on time.perf_counter's clock
-        self.first_step_seconds = 0.0  # with what comes with it once: warming up, compiling
+        self._stepped = False
         self._losses: list[Tensor] = []  # of the steps since they were summed, on the device
         self._logged = [0.0, 0]  # sum and count since the last time, summed over ranks, in float64
         self._printed = [0.0, 0]
@@ -64,7 +64,9 @@ class Progress(Callback):
                     f"--trainer.limit_val_batches 0: the {num_val:,} images of --data.num_val are neither trained on "
                     "nor looked at, and no best state is chosen",
                 )
-        self.train_started, self.first_step_seconds = time.perf_counter(), 0.0
+        self.train_started, self._stepped = time.perf_counter(), False
+        if self.run is not None:
+            clock.note("start", self.train_started - self.run.started)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         clock.start("steps")  # the epoch's first batch has a part in them
@@ -104,9 +106,10 @@ class Progress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self.first_step_seconds:
+        if not self._stepped:
             clock.wait_for(trainer.strategy.root_device)
-            self.first_step_seconds = time.perf_counter() - self.train_started
+            clock.note("first_step", time.perf_counter() - self.train_started)
+            self._stepped = True
         self._losses.append(outputs["loss"])
         for speed in self._speeds.values():
             speed.count()
