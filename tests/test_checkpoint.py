@@ -26,7 +26,8 @@ from lit_cifar.run import save as save_module
 from lit_cifar.run.folder import RUNS, Run
 from lit_cifar.run.logger import RunLogger, scalars_at
 from lit_cifar.run.read import find_checkpoint, read_checkpoint
-from lit_cifar.run.save import Checkpoints, DurableCheckpointIO, get_random_state, set_random_state
+from lit_cifar.run.save import Checkpoints
+from lit_cifar.run.write import DurableCheckpointIO, get_random_state, set_random_state
 from lit_cifar.training.loop import LeanEpochLoop
 
 CHECKPOINT = {

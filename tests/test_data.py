@@ -192,10 +192,10 @@ def test_an_empty_list_of_mirrors_does_not_mean_the_public_ones() -> None:
 
 
 def test_a_trainers_rank_decides_the_share(shapes: CIFAR10DataModule, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = SimpleNamespace(root_device=torch.device("cpu"))
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda value: value)
     loaders: list[DeviceLoader] = []
     for rank in range(2):
-        trainer = SimpleNamespace(global_rank=rank, world_size=2, overfit_batches=0.0, strategy=device)
+        trainer = SimpleNamespace(global_rank=rank, world_size=2, overfit_batches=0.0, strategy=strategy)
         monkeypatch.setattr(shapes, "trainer", trainer)
         loaders.append(shapes.test_dataloader())
         assert len(next(iter(shapes.train_dataloader()))[1]) == 32

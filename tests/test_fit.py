@@ -39,7 +39,7 @@ from lit_cifar.model import kernels
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.model.optim import lr_factor
 from lit_cifar.nets import Net
-from lit_cifar.run.save import DurableCheckpointIO
+from lit_cifar.run.write import DurableCheckpointIO
 from lit_cifar.training.dashboard import Dashboard
 from lit_cifar.training.loop import LeanEpochLoop
 

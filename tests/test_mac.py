@@ -28,7 +28,7 @@ from lit_cifar.model import module
 from lit_cifar.results import metrics
 from lit_cifar.results.metrics import Tally
 from lit_cifar.run.read import _is_random_state
-from lit_cifar.run.save import get_random_state, set_random_state
+from lit_cifar.run.write import get_random_state, set_random_state
 from lit_cifar.training.progress import Progress
 
 SHORT = ["--dataset", "shapes", "--batch_size", "8", "--data.eval_batch_size", "10", "--max_epochs", "1"]

@@ -21,7 +21,8 @@ from lit_cifar.errors import UserError
 from lit_cifar.run.folder import IDENTITY, RUNS, Run, read_identity
 from lit_cifar.run.logger import RunLogger, scalars_at
 from lit_cifar.run.read import read_checkpoint
-from lit_cifar.run.save import Checkpoints, DurableCheckpointIO
+from lit_cifar.run.save import Checkpoints
+from lit_cifar.run.write import DurableCheckpointIO
 
 SHORT = ["--dataset", "shapes", "--accelerator", "cpu", "--batch_size", "50", "--trainer.limit_train_batches", "4"]
 SHORT += ["--trainer.limit_test_batches", "2"]

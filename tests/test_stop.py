@@ -17,8 +17,8 @@ from helpers import ROOT, SHAPES, assert_same_run, results, weights
 import lit_cifar.fit
 from lit_cifar.errors import UserError
 from lit_cifar.run.read import find_checkpoint, states_of
-from lit_cifar.run.save import keep
 from lit_cifar.run.stop import STOPPED, Agreement, Stopped
+from lit_cifar.run.write import keep
 
 if sys.platform == "win32":
     pytest.skip("Windows has neither these signals nor sessions", allow_module_level=True)

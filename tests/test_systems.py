@@ -29,7 +29,7 @@ from lit_cifar.files import replaced, write_durably, write_output, writing
 from lit_cifar.results import report
 from lit_cifar.run import lock, stop
 from lit_cifar.run.folder import Run
-from lit_cifar.run.save import keep
+from lit_cifar.run.write import keep
 
 ROOT = Path(__file__).resolve().parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the pretence asks /proc which files are open")

@@ -31,7 +31,8 @@ from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.folder import Run
 from lit_cifar.run.logger import make_loggers
 from lit_cifar.run.read import State, read_checkpoint
-from lit_cifar.run.save import Checkpoints, DurableCheckpointIO, OpenRun
+from lit_cifar.run.save import Checkpoints, OpenRun
+from lit_cifar.run.write import DurableCheckpointIO
 from lit_cifar.training import loop
 from lit_cifar.training.dashboard import Dashboard
 from lit_cifar.training.lines import ProgressBar

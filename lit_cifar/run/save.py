@@ -1,86 +1,26 @@
-"""Saves the states of a training run, whole or not at all, and keeps the best. stop.py says when a run stops, read.py
-reads states."""
+"""When the states of a training run are saved, and which one is the best. write.py writes them, stop.py says when a run
+stops."""
 
 import contextlib
 import math
-import os
-import pickle
 import signal
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lit_cifar import clock, log
 from lit_cifar.errors import DivergedError, UserError, calls_chosen
-from lit_cifar.files import move, replaced, write_durably, writing
+from lit_cifar.files import write_durably, writing
 from lit_cifar.run.folder import Run
 from lit_cifar.run.read import read_checkpoint
 from lit_cifar.run.stop import STOP_SIGNALS, Agreement, Stopped
-
-
-class _Pickler(pickle.Pickler):
-    """Has all tensors of a GPU copied, and then waits once; torch.save would wait for each. In the file they are the
-    CPU's."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._copies: dict[int, Tensor] = {}  # of whole storages, which several tensors may share
-        self._devices: set[torch.device] = set()
-
-    def reducer_override(self, value: Any) -> Any:
-        if not _is_on_gpu(value):
-            return NotImplemented
-        storage = value.untyped_storage()
-        if storage._cdata not in self._copies:
-            whole = value.detach().as_strided((storage.nbytes() // value.element_size(),), (1,), 0)
-            self._copies[storage._cdata] = whole.to("cpu", non_blocking=True)  # into pinned memory
-            self._devices.add(value.device)
-        copied = self._copies[storage._cdata].as_strided(value.shape, value.stride(), value.storage_offset())
-        return copied.requires_grad_(value.requires_grad).__reduce_ex__(2)
-
-    def dump(self, checkpoint: Any) -> None:
-        super().dump(checkpoint)
-        for device in self._devices:
-            torch.cuda.synchronize(device)  # torch.save writes what the tensors hold only after this
-
-
-def _is_on_gpu(value: Any) -> bool:
-    """Whether a value is a tensor as such; parameters and other classes bring those that they are made of."""
-    if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter) or is_traceable_wrapper_subclass(value):
-        return False
-    return value.device.type == "cuda" and value.layout == torch.strided
-
-
-class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints beside their final name, onto the disk, and renames them.
-
-    Lightning's own goes through $TMPDIR without fsync, and swallows a PermissionError (fabric/utilities/cloud_io.py).
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        try:
-            with replaced(Path(path)) as file:
-                torch.save(checkpoint, file, pickle_module=SimpleNamespace(__name__="pickle", Pickler=_Pickler))
-        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
-            lines = str(error).splitlines()  # below a RuntimeError's first line stands where in torch it came from
-            reason = getattr(error, "strerror", None) or (lines[0] if lines else type(error).__name__)
-            raise UserError(f"checkpoint {path} could not be written ({reason}): {_way_out(Path(path))}") from error
-
-
-def _way_out(path: Path) -> str:
-    kept = f"; the one before is whole: go on with --resume {path}" if path.is_file() else ""
-    return f"free space or fix the folder{kept}"
+from lit_cifar.run.write import get_random_state, keep, set_random_state, way_out
 
 
 class OpenRun(Callback):
@@ -321,7 +261,7 @@ class Checkpoints(Checkpoint):
         with clock.timed("save", trainer.strategy.root_device):
             if name == "last":
                 if trainer.is_global_zero:
-                    with writing(path, _way_out(path)):
+                    with writing(path, way_out(path)):
                         self.run.set_results_aside()
                         keep(path, self.num_kept)
                 self._saved_weights = _versions(trainer.lightning_module)
@@ -384,41 +324,3 @@ def _holds(path: Path, module: LightningModule) -> bool:
     saved = read_checkpoint(path).weights
     weights = module.state_dict()
     return saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name].cpu()) for name in saved)
-
-
-def keep(path: Path, num_kept: int) -> None:
-    """Before `path` is replaced: makes last.ckpt also last-1.ckpt, and last-1.ckpt last-2.ckpt, up to `num_kept` files.
-
-    `path` itself stays where it is, so that a run killed here has it still.
-    """
-    previous = path.with_name(f"{path.stem}-1{path.suffix}")
-    if num_kept == 1 or not path.exists() or (previous.exists() and previous.samefile(path)):
-        return  # the same file when a run was killed between this and its save
-    for age in range(num_kept - 2, 0, -1):
-        with contextlib.suppress(FileNotFoundError):
-            move(
-                path.with_name(f"{path.stem}-{age}{path.suffix}"), path.with_name(f"{path.stem}-{age + 1}{path.suffix}")
-            )
-    with contextlib.suppress(OSError, AttributeError):  # a file system without hard links keeps one state less
-        previous.unlink(missing_ok=True)
-        os.link(path, previous)
-
-
-def get_random_state() -> dict[str, Any]:
-    """torch's random state on the CPU and on the current GPU or Apple's mps, which nets with dropout draw from."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    if torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restores what `get_random_state` gave; of a device that this machine has not, or that another version of torch
-    described, nothing can be restored."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    if "mps" in state and torch.backends.mps.is_available() and len(state["mps"]) == len(torch.mps.get_rng_state()):
-        torch.mps.set_rng_state(state["mps"])

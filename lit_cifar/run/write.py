@@ -1,0 +1,110 @@
+"""Writes a state as a file, whole or not at all, and keeps the states before it; the random state, which is part of it.
+save.py says when, read.py reads it."""
+
+import contextlib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lit_cifar.errors import UserError
+from lit_cifar.files import move, replaced
+
+
+class _Pickler(pickle.Pickler):
+    """Has all tensors of a GPU copied, and then waits once; torch.save would wait for each. In the file they are the
+    CPU's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._copies: dict[int, Tensor] = {}  # of whole storages, which several tensors may share
+        self._devices: set[torch.device] = set()
+
+    def reducer_override(self, value: Any) -> Any:
+        if not _is_on_gpu(value):
+            return NotImplemented
+        storage = value.untyped_storage()
+        if storage._cdata not in self._copies:
+            whole = value.detach().as_strided((storage.nbytes() // value.element_size(),), (1,), 0)
+            self._copies[storage._cdata] = whole.to("cpu", non_blocking=True)  # into pinned memory
+            self._devices.add(value.device)
+        copied = self._copies[storage._cdata].as_strided(value.shape, value.stride(), value.storage_offset())
+        return copied.requires_grad_(value.requires_grad).__reduce_ex__(2)
+
+    def dump(self, checkpoint: Any) -> None:
+        super().dump(checkpoint)
+        for device in self._devices:
+            torch.cuda.synchronize(device)  # torch.save writes what the tensors hold only after this
+
+
+def _is_on_gpu(value: Any) -> bool:
+    """Whether a value is a tensor as such; parameters and other classes bring those that they are made of."""
+    if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter) or is_traceable_wrapper_subclass(value):
+        return False
+    return value.device.type == "cuda" and value.layout == torch.strided
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints beside their final name, onto the disk, and renames them.
+
+    Lightning's own goes through $TMPDIR without fsync, and swallows a PermissionError (fabric/utilities/cloud_io.py).
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        try:
+            with replaced(Path(path)) as file:
+                torch.save(checkpoint, file, pickle_module=SimpleNamespace(__name__="pickle", Pickler=_Pickler))
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+            lines = str(error).splitlines()  # below a RuntimeError's first line stands where in torch it came from
+            reason = getattr(error, "strerror", None) or (lines[0] if lines else type(error).__name__)
+            raise UserError(f"checkpoint {path} could not be written ({reason}): {way_out(Path(path))}") from error
+
+
+def way_out(path: Path) -> str:
+    kept = f"; the one before is whole: go on with --resume {path}" if path.is_file() else ""
+    return f"free space or fix the folder{kept}"
+
+
+def keep(path: Path, num_kept: int) -> None:
+    """Before `path` is replaced: makes last.ckpt also last-1.ckpt, and last-1.ckpt last-2.ckpt, up to `num_kept` files.
+
+    `path` itself stays where it is, so that a run killed here has it still.
+    """
+    previous = path.with_name(f"{path.stem}-1{path.suffix}")
+    if num_kept == 1 or not path.exists() or (previous.exists() and previous.samefile(path)):
+        return  # the same file when a run was killed between this and its save
+    for age in range(num_kept - 2, 0, -1):
+        with contextlib.suppress(FileNotFoundError):
+            move(
+                path.with_name(f"{path.stem}-{age}{path.suffix}"), path.with_name(f"{path.stem}-{age + 1}{path.suffix}")
+            )
+    with contextlib.suppress(OSError, AttributeError):  # a file system without hard links keeps one state less
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
+
+
+def get_random_state() -> dict[str, Any]:
+    """torch's random state on the CPU and on the current GPU or Apple's mps, which nets with dropout draw from."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restores what `get_random_state` gave; of a device that this machine has not, or that another version of torch
+    described, nothing can be restored."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available() and len(state["mps"]) == len(torch.mps.get_rng_state()):
+        torch.mps.set_rng_state(state["mps"])
