@@ -195,9 +195,7 @@ def test_a_trainers_rank_decides_the_share(shapes: CIFAR10DataModule, monkeypatc
     strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda value: value)
     loaders: list[DeviceLoader] = []
     for rank in range(2):
-        trainer = SimpleNamespace(
-            global_rank=rank, world_size=2, overfit_batches=0.0, max_epochs=1, strategy=strategy
-        )
+        trainer = SimpleNamespace(global_rank=rank, world_size=2, overfit_batches=0.0, max_epochs=1, strategy=strategy)
         monkeypatch.setattr(shapes, "trainer", trainer)
         loaders.append(shapes.test_dataloader())
         assert len(next(iter(shapes.train_dataloader()))[1]) == 32

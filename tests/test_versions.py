@@ -78,6 +78,7 @@ INTERNALS = {
     "_broadcast_sigterm_tensor": [EPOCH_LOOP],
     "_call_children_scripts": [f"{LIGHTNING}.strategies.launchers.subprocess_script:_SubprocessScriptLauncher"],
     "_can_stop_early": [f"{LIGHTNING}.loops.fit_loop:_FitLoop"],
+    "_cdata": ["torch:UntypedStorage"],
     "_check_cuda_matmul_precision": ["lightning.fabric.accelerators.cuda"],
     "_current_fx_name": [f"{LIGHTNING}:LightningModule"],
     "_default_root_dir": [f"{LIGHTNING}:Trainer"],
