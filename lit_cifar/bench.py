@@ -27,7 +27,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_cifar import clock, fit
+from lit_cifar import clock, fit, log
 from lit_cifar.cli import machine
 from lit_cifar.cli.command import CLI, set_up
 from lit_cifar.cli.configs import find_config, recipes
@@ -81,7 +81,8 @@ def main(args: list[str]) -> None:
     else:
         result = _bench_loader(config, own.runs, flags)
     where = {"config": config, "stage": own.stage, "flags": rest}
-    print(json.dumps({**where, **result, "versions": versions(), "commit": commit()}))
+    if not log.rank():
+        print(json.dumps({**where, **result, "versions": versions(), "commit": commit()}))
 
 
 def split_flags(args: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
@@ -334,8 +335,9 @@ def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
                 measured.append(1000 * stopwatch.seconds_a_step)
     ratios = [a / b for a, b in zip(milliseconds["as configured"], milliseconds["barebones"], strict=True)]
     place = device(str(settings.trainer.accelerator))
-    print(f"milliseconds a step of {config}, {num_steps - untimed} steps a repetition; {place}")
-    print(table({**{name: (values, 3) for name, values in milliseconds.items()}, "ratio": (ratios, 3)}), flush=True)
+    if not log.rank():  # --devices N: the other ranks run this command too
+        print(f"milliseconds a step of {config}, {num_steps - untimed} steps a repetition; {place}")
+        print(table({**{name: (values, 3) for name, values in milliseconds.items()}, "ratio": (ratios, 3)}), flush=True)
     named = {**milliseconds, "ratio": ratios}
     return {"device": place, "num_steps": num_steps - untimed} | {
         name: {**summary(values), "median": statistics.median(values), "values": values}
