@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import lit_cifar.fit
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run import save as save_module
+from lit_cifar.run import write as write_module
 from lit_cifar.run.folder import RUNS, Run
 from lit_cifar.run.logger import RunLogger, scalars_at
 from lit_cifar.run.read import find_checkpoint, read_checkpoint
@@ -77,7 +78,7 @@ def test_a_gpus_tensors_are_saved_as_a_cpus_and_copied_without_waiting_for_each(
 
 def test_tensors_that_share_memory_share_it_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a CPU's in place of a GPU's, which a pretended GPU's tensors cannot share."""
-    monkeypatch.setattr(save_module, "_is_on_gpu", lambda value: type(value) is torch.Tensor)
+    monkeypatch.setattr(write_module, "_is_on_gpu", lambda value: type(value) is torch.Tensor)
     waits: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
     whole = torch.arange(1000.0)
