@@ -5,8 +5,11 @@ import ast
 import importlib
 import inspect
 import multiprocessing
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SHORT, assert_same_run, error_of
+from helpers import PYTHONPATH, ROOT, SHORT, assert_same_run, error_of
 from packaging.requirements import Requirement
 from test_package import MODULES, PACKAGE
 
@@ -191,15 +194,27 @@ def started_by(method: str) -> Iterator[None]:
         multiprocessing.set_start_method(before, force=True)
 
 
-@forks
+# a process of its own: what hundreds of tests leave in this one is not what is sent to a worker
+STARTED = """
+import multiprocessing, sys
+import lit_cifar.fit
+flags = sys.argv[1:]
+lit_cifar.fit.main([*flags, "--data.num_workers", "0"])
+for method in multiprocessing.get_all_start_methods():
+    multiprocessing.set_start_method(method, force=True)
+    lit_cifar.fit.main([*flags, "--data.num_workers", "2"])
+"""
+
+
 def test_a_run_is_the_same_however_its_workers_are_started() -> None:
     transform = ["--data.transform", "[torchvision.transforms.v2.RandAugment]"]
     flags = [*SHORT, "--trainer.limit_train_batches", "8", *transform]
-    lit_cifar.fit.main([*flags, "--data.num_workers", "0"])
-    methods = multiprocessing.get_all_start_methods()
-    for number, method in enumerate(methods, start=1):
-        with started_by(method):
-            lit_cifar.fit.main([*flags, "--data.num_workers", "2"])
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, *flags], env=env, stderr=subprocess.PIPE, encoding="utf-8", timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for number, _ in enumerate(multiprocessing.get_all_start_methods(), start=1):
         assert_same_run("version_0", f"version_{number}")
 
 
