@@ -1,5 +1,5 @@
-"""LitClassifier: forward, the steps, the metrics and the optimiser of a training run. classifier.py has the net without
-the Trainer, optim.py the optimiser's arithmetic; layers are in nets/, pictures and reports in results/.
+"""LitClassifier: forward, the steps and the metrics of a training run. Its optimiser is in optimised.py, the net
+without the Trainer in classifier.py; layers are in nets/, pictures and reports in results/.
 
 B images in a batch, K classes. Images are (B, 3, 32, 32) uint8 0..255 until LitClassifier.forward.
 """
@@ -8,19 +8,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_cifar import clock
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
 from lit_cifar.errors import UserError, calls_chosen
-from lit_cifar.model import kernels, steps
+from lit_cifar.model import kernels
 from lit_cifar.model.check import check_training, count_logits, shape_lazy_layers
 from lit_cifar.model.classifier import TTA, check_classes, check_weights, normalise, views
 from lit_cifar.model.data import data_of
-from lit_cifar.model.optim import Group, Schedule, lr_factor, make_optimizer
+from lit_cifar.model.optim import Group, Schedule
+from lit_cifar.model.optimised import OptimisedModule
 from lit_cifar.model.ranges import (
     ClosedUnitInterval,
     HalfOpenUnitInterval,
@@ -37,7 +36,7 @@ STAGES = ("val", "test", "plain")  # 'plain' is the test without its augmentatio
 NUM_FIRST_IMAGES = 5000  # training images that a net which asks for it is initialised from
 
 
-class LitClassifier(LightningModule):
+class LitClassifier(OptimisedModule):
     """Any net that maps images to logits, with cross-entropy, SGD and exact metrics.
 
     Args:
@@ -85,23 +84,12 @@ class LitClassifier(LightningModule):
         sides: list[Side] | None = None,
         tta: TTA = "none",
     ) -> None:
-        super().__init__()
-        if nesterov and not momentum:
-            raise UserError("--model.nesterov true needs --model.momentum above 0")
+        super().__init__(lr, momentum, weight_decay, nesterov, schedule, warmup, groups)
         if sides is not None and not sides:
             raise UserError("--model.sides [] names no side; leave it out to train on images as they are")
         shape_lazy_layers(net)
         self.net = net
-        self.lr: float = checked("--model.lr", lr, NonNegativeFloat)
-        self.momentum: float = checked("--model.momentum", momentum, HalfOpenUnitInterval)
-        self.weight_decay: float = checked("--model.weight_decay", weight_decay, NonNegativeFloat)
-        self.nesterov = nesterov
         self.label_smoothing: float = checked("--model.label_smoothing", label_smoothing, ClosedUnitInterval)
-        self.schedule: Schedule = schedule
-        self.warmup: float = checked("--model.warmup", warmup, ClosedUnitInterval)
-        self.groups = groups or []
-        for group in self.groups:
-            group.check()
         self.sides: list[int] = [checked("--model.sides", side, Side) for side in sides or []]
         self.tta: TTA = tta
         std = tuple(checked("--model.std", deviation, PositiveFloat) for deviation in std)
@@ -119,7 +107,6 @@ class LitClassifier(LightningModule):
         self.running_loss: float | None = None  # mean over the newest steps, for whoever shows it
         self.images_per_second = 0.0  # over the same steps, all ranks together
         self.reports: dict[str, Report] = {}  # newest of each stage
-        self._planned_steps: int | None = None
         self.example_input_array = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # for Lightning's summary
 
     @calls_chosen("on images")
@@ -281,85 +268,6 @@ class LitClassifier(LightningModule):
         self.log_dict(dict(zip(scalars, values.unbind(), strict=True)), logger=False, sync_dist=True, reduce_fx="max")
         for logger in self.loggers:
             logger.log_metrics(scalars, step=self.trainer.global_step)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = make_optimizer(self.net, self.groups, self.settings(), self._can_fuse())
-        if self.schedule == "constant" and not self.warmup:
-            return optimizer
-        self._planned_steps = self._num_steps()
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_factor(step))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _lr_factor(self, step: int) -> float:
-        return lr_factor(step, self._plan(), self.schedule, self.warmup)
-
-    def settings(self) -> list[dict[str, Any]]:
-        """Settings of each parameter group; the module's own stand in for those that a group leaves open."""
-        own = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay", "nesterov")}
-        return [
-            {
-                "name": group.name,
-                **{key: value if (value := getattr(group, key)) is not None else own[key] for key in own},
-            }
-            for group in self.groups
-        ] or [{"name": "net", **own}]
-
-    def on_train_start(self) -> None:
-        """Applies settings changed since the checkpoint, whose own come with a restored optimiser, and plans anew: only
-        now is it known where the training run goes on from, and what a search before it has changed."""
-        trainer = self.trainer
-        # Lightning leaves it at 1 for the rest of an epoch that is resumed in its middle
-        trainer.accumulate_grad_batches = steps.accumulation(trainer, trainer.current_epoch)
-        self._planned_steps = None
-        optimizer = trainer.optimizers[0]
-        if isinstance(optimizer, torch.optim.SGD) and optimizer.state:
-            # it was restored without buffers for weights that had no gradient yet; torch's fused step needs them
-            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-                optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
-        if any("swa_lr" in group for group in optimizer.param_groups):
-            return  # restored within stochastic weight averaging, which has a schedule of its own
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        if not all(isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR) for scheduler in schedulers):
-            return  # not of configure_optimizers: such as those with which LearningRateFinder tries rates
-        settings = self.settings()
-        factor = 1.0
-        for scheduler in schedulers:
-            scheduler.base_lrs = [setting["lr"] for setting in settings]
-            factor = self._lr_factor(scheduler.last_epoch)
-        for group, setting in zip(optimizer.param_groups, settings, strict=True):
-            group.update({**setting, "lr": setting["lr"] * factor})
-            if schedulers:
-                group["initial_lr"] = setting["lr"]
-
-    def _can_fuse(self) -> bool:
-        # one call for all parameters: 124 instead of 246 us a step for the tutorial's net (one CPU thread, torch 2.15);
-        # not with a gradient scaler, and not in mixed precision where gradients are clipped, which Lightning refuses
-        trainer = self.trainer
-        if trainer.precision == "16-mixed" or ("mixed" in trainer.precision and trainer.gradient_clip_val):
-            return False
-        return self.device.type in ("cpu", "cuda")
-
-    def _plan(self) -> int:
-        """`_num_steps`, counted once for the whole training run, whose learning rate and sides follow it."""
-        if self._planned_steps is None:
-            self._planned_steps = self._num_steps()
-        return self._planned_steps
-
-    def _num_steps(self) -> int:
-        """Optimiser steps of the whole training run, from where it is: as steps will be made, with what they were.
-
-        Not trainer.estimated_stepping_batches: it knows one accumulation factor only, and asked for here, it makes
-        Lightning 2.6 forget the loader's position on resume (pytorch-lightning issue 20550).
-
-        Raises:
-            UserError: the training run has no end.
-        """
-        trainer = self.trainer
-        num_batches = steps.limited(len(data_of(trainer).train_batches()), trainer.limit_train_batches)
-        num_steps = steps.steps_at_end(trainer, num_batches)
-        if num_steps is None:
-            raise UserError(f"--model.schedule {self.schedule} needs an end: set --max_epochs or --trainer.max_steps")
-        return max(1, num_steps)
 
     def note_settings(self) -> bool:
         """Brings `config` up to date with the numbers that are trained with, which callbacks such as LearningRateFinder
