@@ -303,7 +303,7 @@ def pretended(kind: str, before_2_9: bool = False) -> Iterator[Device]:
 
         MPSAccelerator.is_available.cache_clear()  # Lightning asks once and keeps the answer
         stack.callback(MPSAccelerator.is_available.cache_clear)
-        patch(torch.backends.mps, is_available=lambda: kind == "mps")
+        patch(torch.backends.mps, is_available=lambda: kind == "mps", is_macos_or_newer=lambda major, minor: True)
         state: dict[str, Callable[..., Any]] = {
             "get_rng_state": device.get_rng_state,
             "set_rng_state": device.set_rng_state,

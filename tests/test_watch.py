@@ -157,7 +157,7 @@ def test_lines_are_plain_where_the_output_is_no_terminal_and_none_is_said_twice(
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", done.stdout)
-    said = [line for line in done.stdout.splitlines() if line]
+    said = [line for line in done.stdout.splitlines() if line and not line.startswith("[Gloo]")]  # of torch 2.8
     assert len(said) == len(set(said))
     ranks = sorted(line.split()[1] for line in said if line.startswith("rank "))
     assert ranks == [str(rank) for rank in range(int(devices))]

@@ -210,7 +210,7 @@ class LitClassifier(OptimisedModule):
         """Side in pixels that this step's images are shrunk to; None: none."""
         if not self.sides:
             return None
-        return self.sides[min(len(self.sides) * self.trainer.global_step // self._plan(), len(self.sides) - 1)]
+        return self.sides[min(len(self.sides) * self.trainer.global_step // self.plan_steps(), len(self.sides) - 1)]
 
     def _mean_share(self, labels: Tensor, batch_idx: int) -> float:
         # DDP averages gradients over ranks, whose shares of a short last batch differ by one

@@ -59,7 +59,7 @@ class OptimisedModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _lr_factor(self, step: int) -> float:
-        return lr_factor(step, self._plan(), self.schedule, self.warmup)
+        return lr_factor(step, self.plan_steps(), self.schedule, self.warmup)
 
     def settings(self) -> list[dict[str, Any]]:
         """Settings of each parameter group; the module's own stand in for those that a group leaves open."""
@@ -107,7 +107,7 @@ class OptimisedModule(LightningModule):
             return False
         return self.device.type in ("cpu", "cuda")
 
-    def _plan(self) -> int:
+    def plan_steps(self) -> int:
         """`_num_steps`, counted once for the whole training run, whose learning rate and sides follow it."""
         if self._planned_steps is None:
             self._planned_steps = self._num_steps()
