@@ -193,7 +193,8 @@ def test_torchs_own_backend_compiles_growing_images_once_and_gives_the_same_weig
         "[24,32]",
     ]
     flags += ["--data.drop_last", "true", "--data.num_val", "0"]
-    flags += ["--max_epochs", "1", "--trainer.limit_train_batches", "4"]
+    # in float64 what is summed in another order shows only if it is another sum
+    flags += ["--max_epochs", "1", "--trainer.limit_train_batches", "4", "--precision", "64-true"]
     counts = torch._dynamo.utils.counters["stats"]
     lit_cifar.fit.main([*flags, "--compile", "false"])
     before = counts["unique_graphs"]
@@ -202,7 +203,7 @@ def test_torchs_own_backend_compiles_growing_images_once_and_gives_the_same_weig
     plain, fast = weights("version_0"), weights("version_1")
     assert plain.keys() == fast.keys()
     for name, weight in plain.items():
-        torch.testing.assert_close(fast[name], weight, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(fast[name], weight, rtol=1e-9, atol=1e-9)
     lit_cifar.test.main(["--ckpt_path", "lightning_logs/version_1/checkpoints/last.ckpt", "--compile", "false"])
 
 
