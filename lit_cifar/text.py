@@ -87,7 +87,7 @@ def as_said(line: str) -> str:
     """
     if is_command():
         return line
-    return FLAG.sub(_in_python, line.replace("; --log_level debug prints more", ""))
+    return FLAG.sub(_in_python, re.sub("; (--log_level debug prints more|see --help)", "", line))
 
 
 def _in_python(found: re.Match[str]) -> str:
