@@ -12,10 +12,10 @@ from contextlib import contextmanager
 COMMAND_VARIABLE = "LIT_CIFAR_COMMAND"  # set in a command, and so in the workers that it starts
 SECTIONS = ("model", "data", "trainer", "checkpoint", "running_loss")  # of flags; each is one object in Python
 IN_PYTHON = {"true": "True", "false": "False", "null": "None", "--resume": "ckpt_path", "--seed_everything": "seed"}
-# A flag, and the value after it: quoted, in brackets, a number, a word that is no prose, or one of these
+# A flag, and the value after it: quoted, a URL, in brackets, a number, a word that is no prose, or one of these
 FLAG = re.compile(
     r"""(?<![\w/'"=-])(\bwith\ )?(--[a-z_]+(?:\.\w+)*)(?![\w-])
-    (?:[ =]('[^']*'|\[[^]]*]|-?\d[\w.+-]*|[\w.~/\\-]*[\w~][\d._/\\][^\s,:;)]*|
+    (?:[ =]('[^']*'|\w+:/[^\s,;)]*[^\s,.:;)]|\[[^]]*]|-?\d[\w.+-]*|[\w.~/\\-]*[\w~][\d._/\\][^\s,:;)]*|
     true|false|null|True|False|None|-?nan|-?inf|shapes|reflect|zeros|none|linear|cosine|onecycle|constant|muon|sgd|auto)
     (?<!\.)(?=[\s,.:;)]|$))?""",
     re.VERBOSE,

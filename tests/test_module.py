@@ -197,7 +197,7 @@ def test_the_check_before_training_reports_nothing_and_leaves_no_counts() -> Non
 
 
 def test_another_number_of_logits_names_both_numbers_and_the_way_out() -> None:
-    with pytest.raises(UserError, match=r"Net gives 10 logits but the data has 7 classes.*num_classes 7"):
+    with pytest.raises(UserError, match=r"Net gives 10 logits but the data has 7 classes.*num_classes=7"):
         LitClassifier(Net()).set_classes(CLASSES[:7])
 
 
