@@ -523,7 +523,7 @@ def test_a_net_with_lazy_layers_is_loaded_again() -> None:
 
 
 def messages() -> list[str]:
-    """Texts of the package that name a flag and can come out of Python, with 3 in place of what they are filled with."""
+    """Texts of the package that name a flag and can come out of Python; what fills them is 3."""
     found = []
     package = Path(lit_cifar.__file__).parent
     rooms = ("model", "data", "run", "results", "training")
