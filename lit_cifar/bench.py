@@ -38,7 +38,7 @@ from lit_cifar.process import LAUNCHER_VARIABLE
 from lit_cifar.results.report import commit, versions
 from lit_cifar.run.folder import RESULTS, RUNS
 from lit_cifar.run.stop import Stopped
-from lit_cifar.text import definitions, wrapped
+from lit_cifar.text import definitions, in_command, wrapped
 
 STAGES = ("fit", "step", "loader")
 USAGE = "python -m lit_cifar.bench CONFIG [--runs N] [--stage STAGE] [--warm true] [any flag of lit_cifar.fit]"
@@ -64,6 +64,7 @@ TIMED_STEPS, UNTIMED_STEPS = 200, 20  # in a repetition of --stage step
 SECONDS_A_REPETITION = 2.0  # of --stage loader, at least
 
 
+@in_command()
 def main(args: list[str]) -> None:
     """Measures and prints; `args` is the command line without the program's name."""
     if not args or {"-h", "--help"} & set(args):

@@ -10,7 +10,7 @@ from types import CodeType, FunctionType
 from typing import NoReturn, TypeVar
 
 from lit_cifar.process import INTERRUPTED, ReaderGone, begin, interrupt, is_interrupted, leave, output_failed
-from lit_cifar.text import escaped
+from lit_cifar.text import as_said, escaped, in_command
 
 Function = TypeVar("Function", bound=Callable[..., object])
 MEMORY = (
@@ -21,10 +21,16 @@ READER_GONE = 128 + 13  # the exit code of a program that SIGPIPE ends, such as 
 
 
 class UserError(ValueError):
-    """Bad input: the message is one line that names the cause and the way out; commands exit with 2."""
+    """Bad input: the message is one line that names the cause and the way out; commands exit with 2.
+
+    It is written with flags, and says what these are in Python where it is raised outside a command.
+    """
 
     of_node = False  # whether it may be wrong on this node and on no other
     of_rank = False  # whether it may be wrong in this process and in no other
+
+    def __init__(self, line: str) -> None:
+        super().__init__(as_said(line))
 
 
 class DivergedError(UserError):
@@ -93,6 +99,7 @@ def run(command: Callable[[list[str]], None], reader_gone: int = READER_GONE) ->
     sys.exit(2 if output_failed() and not code else code)  # type: ignore[arg-type]
 
 
+@in_command()
 def _code_of(command: Callable[[list[str]], None]) -> object:
     try:
         command(sys.argv[1:])

@@ -30,6 +30,7 @@ from lit_cifar.errors import UserError
 from lit_cifar.files import check_output, write_output, writing
 from lit_cifar.model.classifier import Classifier, load
 from lit_cifar.run.read import read_checkpoint
+from lit_cifar.text import in_command
 
 LARGEST_DIFFERENCE = 1e-4  # of an exported net's logits
 NUM_COMPARED = 256  # images at a time; does not divide a test set's size, so that batches of two sizes are tried
@@ -57,6 +58,7 @@ class Format:
     largest_difference: float
 
 
+@in_command()
 def main(args: list[str]) -> None:
     """Exports, compares and writes; `args` is the command line without the program's name."""
     options = _parser().read(args)

@@ -32,6 +32,7 @@ from lit_cifar.results.report import peak_memory, print_report, write_results  #
 from lit_cifar.run.check import check_state  # noqa: E402
 from lit_cifar.run.folder import Run  # noqa: E402
 from lit_cifar.run.read import State, find_checkpoint, read_checkpoint  # noqa: E402
+from lit_cifar.text import in_command  # noqa: E402
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "running_loss")  # of a config
 # what the end of a training run depends on
@@ -39,6 +40,7 @@ LIMITS = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "cal
 IMPORT_SECONDS = time.perf_counter() - _started
 
 
+@in_command()
 def main(args: list[str]) -> None:
     """Trains, tests and reports; `args` is the command line without the program's name."""
     started = time.perf_counter() - IMPORT_SECONDS

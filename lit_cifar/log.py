@@ -1,12 +1,12 @@
 """Lines about work under way, by level. Results are not printed here but where they are made, and errors in
-errors.py."""
+errors.py. Lines are written with flags, as errors are."""
 
 import logging
 import os
 import sys
 from typing import Any, Literal, get_args
 
-from lit_cifar.text import escaped
+from lit_cifar.text import as_said, escaped
 
 Level = Literal["debug", "info", "warning", "error"]
 LEVELS: tuple[str, ...] = get_args(Level)
@@ -66,19 +66,19 @@ def _launched(of_torchrun: str, of_slurm: str) -> int:
 def debug(line: str) -> None:
     """Prints how something is done on standard error, at level 'debug' only."""
     if is_said("debug"):
-        print(f"lit_cifar: debug: {_who()}{escaped(line)}", file=sys.stderr, flush=True)
+        print(f"lit_cifar: debug: {_who()}{escaped(as_said(line))}", file=sys.stderr, flush=True)
 
 
 def tell(line: str) -> None:
     """Prints what is going on on standard error; ranks other than the first name themselves."""
     if is_said("info"):
-        print(f"{_who()}{escaped(line)}", file=sys.stderr, flush=True)
+        print(f"{_who()}{escaped(as_said(line))}", file=sys.stderr, flush=True)
 
 
 def warn(line: str) -> None:
     """Prints on standard error what somebody may have to act on."""
     if is_said("warning"):
-        print(f"lit_cifar: warning: {_who()}{escaped(line)}", file=sys.stderr, flush=True)
+        print(f"lit_cifar: warning: {_who()}{escaped(as_said(line))}", file=sys.stderr, flush=True)
 
 
 def _who() -> str:

@@ -29,7 +29,7 @@ from lit_cifar.data.members import MAX_MEMBER_BYTES
 from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import Classifier, load
-from lit_cifar.text import printable
+from lit_cifar.text import in_command, printable
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")  # found in folders
 STDIN = "-"
@@ -52,6 +52,7 @@ class Prediction(NamedTuple):
     error: str = ""
 
 
+@in_command()
 def main(args: list[str]) -> None:
     """Prints a line for each image; `args` is the command line without the program's name."""
     options = _parser().read(args)

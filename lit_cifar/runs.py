@@ -12,7 +12,7 @@ from lit_cifar import errors
 from lit_cifar.errors import FlagParser, UserError
 from lit_cifar.files import local_path, read_whole
 from lit_cifar.run.folder import RESULTS, RUNS, TRIAL, Run, run_version
-from lit_cifar.text import columns, nearest, printable
+from lit_cifar.text import columns, in_command, nearest, printable
 
 HEADINGS = ("version", "recipe", "data set", "accuracy", "seconds", "devices", "when (UTC)", "state")
 NUMBERS = (0, 3, 4, 5)  # columns aligned to the right
@@ -50,6 +50,7 @@ class Row:
         )
 
 
+@in_command()
 def main(args: list[str]) -> None:
     """Prints the list; `args` is the command line without the program's name."""
     parser = FlagParser("python -m lit_cifar.runs", description="Lists runs with their accuracy.", allow_abbrev=False)

@@ -42,7 +42,7 @@ from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.folder import RUNS, Run
 from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.stop import Stopped
-from lit_cifar.text import columns, printable
+from lit_cifar.text import columns, in_command, printable
 from lit_cifar.training.dashboard import hyperparameters
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 USAGE = "python -m lit_cifar.sweep CONFIG --study STUDY --trials N"
 
 
+@in_command()
 def main(args: list[str]) -> None:
     """Searches, then tests the best trial once; `args` is the command line without the program's name."""
     if args and not args[0].startswith("-"):

@@ -22,12 +22,14 @@ from lit_cifar.model.classifier import checked_config
 from lit_cifar.results.report import print_report, write_results
 from lit_cifar.run.folder import Run
 from lit_cifar.run.read import State, read_checkpoint
+from lit_cifar.text import in_command
 
 # of the checkpoint's config; by its batch size threads and kernels are chosen, as they were for the run's own test
 DATA_KEYS = ("data_dir", "dataset", "batch_size", "eval_batch_size", "mirrors")
 WAY_OUT = "choose another place with --output"
 
 
+@in_command()
 @calls_chosen("in the test")
 def main(args: list[str]) -> None:
     """Tests and reports; `args` is the command line without the program's name."""

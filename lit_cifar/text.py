@@ -1,10 +1,25 @@
-"""Text for people: aligned columns, printable names, the nearest spelling. No sentences: they stand where they are
-printed."""
+"""Text for people: aligned columns, printable names, the nearest spelling, what settings are called. No sentences: they
+stand where they are printed."""
 
 import difflib
+import os
+import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+COMMAND_VARIABLE = "LIT_CIFAR_COMMAND"  # set in a command, and so in the workers that it starts
+SECTIONS = ("model", "data", "trainer", "checkpoint", "running_loss")  # of flags; each is one object in Python
+IN_PYTHON = {"true": "True", "false": "False", "null": "None", "--resume": "ckpt_path", "--seed_everything": "seed"}
+# A flag, and the value after it: quoted, a URL, in brackets, a number, a word that is no prose, or one of these
+FLAG = re.compile(
+    r"""(?<![\w/'"=-])(\bwith\ )?(--[a-z_]+(?:\.\w+)*)(?![\w-])
+    (?:[ =]('[^']*'|\w+:/[^\s,;)]*[^\s,.:;)]|\[[^]]*]|-?\d[\w.+-]*|[\w.~/\\-]*[\w~][\d._/\\][^\s,:;)]*|
+    true|false|null|True|False|None|-?nan|-?inf|shapes|reflect|zeros|none|linear|cosine|onecycle|constant|muon|sgd|auto)
+    (?<!\.)(?=[\s,.:;)]|$))?""",
+    re.VERBOSE,
+)
 
 
 def columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
@@ -47,3 +62,43 @@ def nearest(typed: str, known: Iterable[str]) -> str:
     spelt = {name.casefold(): name for name in known}
     close = difflib.get_close_matches(typed.casefold(), list(spelt), n=1)
     return f": did you mean {spelt[close[0]]}?" if close else ""
+
+
+@contextmanager
+def in_command() -> Iterator[None]:
+    """Around the main function of a command: `as_said` keeps flags."""
+    before = os.environ.get(COMMAND_VARIABLE)
+    os.environ[COMMAND_VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(COMMAND_VARIABLE) if before is None else os.environ.update({COMMAND_VARIABLE: before})
+
+
+def is_command() -> bool:
+    """Whether a command runs, or this process works for one."""
+    return COMMAND_VARIABLE in os.environ
+
+
+def as_said(line: str) -> str:
+    """A line about settings, which names flags, with their arguments of Python instead where no command runs.
+
+    `--data.drop_last true` is drop_last=True there, and `--model.net.num_classes 10` net.num_classes=10.
+    """
+    if is_command():
+        return line
+    return FLAG.sub(_in_python, re.sub("; (--log_level debug prints more|see --help)", "", line))
+
+
+def _in_python(found: re.Match[str]) -> str:
+    preposition, flag, value = found.groups("")
+    first, *others = flag[2:].split(".")
+    name = IN_PYTHON.get(flag) or ".".join(others if others and first in SECTIONS else (first, *others))
+    if not value:
+        return f"{preposition}{name}=..." if preposition else name
+    try:
+        float(value)
+    except ValueError:
+        if value not in ("True", "False", "None") and value[0] not in "'[":
+            value = IN_PYTHON.get(value, repr(value))
+    return f"{preposition}{name}={value}"

@@ -128,5 +128,5 @@ def test_no_more_pixels_are_reflected_than_an_image_has() -> None:
     widest = Augment(crop=31, pad="reflect")
     images = make_images(4)
     assert widest.apply(images, widest.draw(4, generator())).shape == images.shape
-    with pytest.raises(UserError, match=r"crop 32 does not go with .*pad reflect: choose 31 or less"):
+    with pytest.raises(UserError, match=r"crop=32 does not go with .*pad='reflect': choose 31 or less"):
         Augment(crop=32, pad="reflect")

@@ -1,6 +1,8 @@
 """The data module: which source a folder stands for, the validation split, and loaders that give uint8."""
 
+import copy
 import hashlib
+import pickle
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,15 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
-from helpers import write_official
+from helpers import error_of, write_official
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import lit_cifar.fit
+from lit_cifar import LitClassifier
 from lit_cifar.data import tree
 from lit_cifar.data.archives import ARCHIVES, CIFAR10, CIFAR100, Archive
 from lit_cifar.data.augment import CUTOUT_FILL, Augment
@@ -73,7 +77,7 @@ def test_the_validation_split_follows_from_the_seed() -> None:
 
 @pytest.mark.parametrize(("num_val", "class_name"), [(40, "class1"), (10_000, "class0"), (-3, "class0")])
 def test_a_validation_split_that_leaves_a_class_empty_is_refused(num_val: int, class_name: str) -> None:
-    with pytest.raises(UserError, match=rf"num_val {num_val} .*'{class_name}'"):
+    with pytest.raises(UserError, match=rf"num_val={num_val} .*'{class_name}'"):
         split_validation(make_split(30, 20), num_val, seed=0)
 
 
@@ -152,11 +156,11 @@ def test_the_built_in_augmentation_follows_the_transform(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"augment": Augment(pad="reflect")}, "--data.augment.pad reflect has no effect without --data.augment.crop"),
-        ({"num_workers": 8}, "--data.num_workers 8 has no effect without --data.transform"),
-        ({"mirrors": ["file:///mnt"]}, "--data.mirrors has no effect: nothing is downloaded for these data"),
-        ({"dataset": "cifar100"}, "--dataset cifar100 has no effect: tree holds images in folders of their classes"),
-        ({"dataset": "shapes"}, "--data_dir tree has no effect with --dataset shapes, which is embedded"),
+        ({"augment": Augment(pad="reflect")}, "augment.pad='reflect' has no effect without augment.crop"),
+        ({"num_workers": 8}, "num_workers=8 has no effect without transform"),
+        ({"mirrors": ["file:///mnt"]}, "mirrors has no effect: nothing is downloaded for these data"),
+        ({"dataset": "cifar100"}, "dataset='cifar100' has no effect: tree holds images in folders of their classes"),
+        ({"dataset": "shapes"}, "data_dir tree has no effect with dataset='shapes', which is embedded"),
     ],
 )
 def test_a_setting_without_effect_is_said_once(
@@ -187,7 +191,7 @@ def test_a_tree_beside_the_official_files_is_not_passed_over_in_silence(
 
 
 def test_an_empty_list_of_mirrors_does_not_mean_the_public_ones() -> None:
-    with pytest.raises(UserError, match=r"--data.mirrors names none"):
+    with pytest.raises(UserError, match=r"^mirrors names none"):
         CIFAR10DataModule(mirrors=[])
 
 
@@ -284,7 +288,7 @@ def test_a_folder_with_the_other_dataset_names_the_flag(
     hold(folder, ARCHIVES[held])
     data = CIFAR10DataModule(data_dir=str(folder), dataset=wanted)
     titles = f"{ARCHIVES[held].title}, not {ARCHIVES[wanted].title}"
-    with pytest.raises(UserError, match=f"here holds {titles}: add --dataset {held}, or name other data"):
+    with pytest.raises(UserError, match=f"here holds {titles}: add dataset='{held}', or name other data"):
         data.prepare_data()
     assert not fetched
     packed(folder, ARCHIVES[wanted])  # both may lie in one folder
@@ -311,7 +315,7 @@ def test_an_official_archive_is_unpacked_into_the_cache_once(
         monkeypatch.setattr("lit_cifar.data.archives.unpack", lambda *_: pytest.fail("unpacked again"))
     assert (cache_dir() / dataset / files.name).is_dir()
     other = "cifar10" if dataset == "cifar100" else "cifar100"
-    with pytest.raises(UserError, match=f"add --dataset {dataset}"):
+    with pytest.raises(UserError, match=f"add dataset='{dataset}'"):
         CIFAR10DataModule(data_dir=str(archive), dataset=other).prepare_data()
 
 
@@ -396,7 +400,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, pixels: np.ndarray, monkeypa
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_url_is_no_data_dir(url: str, kind: type) -> None:
     with pytest.raises(
-        UserError, match=r"--data_dir [a-z0-9]+:.*cifar.* is not supported here; name a path on this machine"
+        UserError, match=r"^data_dir='[a-z0-9]+:.*cifar.* is not supported here; name a path on this machine"
     ):
         CIFAR10DataModule(data_dir=kind(url))
     assert list(Path().iterdir()) == []
@@ -439,3 +443,129 @@ def test_classes_are_counted_without_a_download(tmp_path: Path, fetched: list[tu
         assert CIFAR10DataModule(data_dir=str(tmp_path / "none"), dataset=dataset).count_classes() == num_classes
     assert not fetched
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- in somebody's script ----
+
+
+class Foreign(L.LightningModule):
+    """Takes float32 images, as torchvision gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+
+    def step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        assert batch[0].dtype == torch.float32
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    training_step = validation_step = test_step = predict_step = step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+def trainer(**settings: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    limits = {f"limit_{stage}_batches": 1 for stage in ("train", "val", "test", "predict")}
+    return L.Trainer(**{**quiet, **limits, "enable_model_summary": False, "max_epochs": 1, **settings})
+
+
+@pytest.mark.parametrize("stage", [None, "fit", "validate", "test", "predict"])
+def test_the_data_module_alone_gives_its_loaders(stage: str | None) -> None:
+    data = CIFAR10DataModule(dataset="shapes", batch_size=32, num_val=100)
+    data.setup(stage)
+    if stage in (None, "fit", "validate"):
+        assert sum(len(labels) for _, labels in data.train_dataloader()) == 9900
+        assert sum(len(labels) for _, labels in data.val_dataloader()) == 100
+    if stage in (None, "test", "predict"):
+        for loader in (data.test_dataloader(), data.predict_dataloader()):
+            assert sum(len(labels) for _, labels in loader) == 2000
+    for other in (pickle.loads(pickle.dumps(data)), copy.deepcopy(data)):
+        assert other.classes == data.classes
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("numbers", [{}, {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)}])
+def test_normalised_batches_are_torchvisions(num_ranks: int, numbers: dict[str, Any]) -> None:
+    settings = {"dataset": "shapes", "batch_size": 300, "num_val": 100, "num_workers": 0}
+    settings |= {"augment": {"crop": 4, "flip": "random"}, "transform": v2.RandomInvert()}
+    mean, std = numbers.get("mean", (0.5,) * 3), numbers.get("std", (0.5,) * 3)
+    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    for rank in range(num_ranks):
+        strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda value: value)
+        place = SimpleNamespace(global_rank=rank, world_size=num_ranks, strategy=strategy, overfit_batches=0)
+        plain, normalised = CIFAR10DataModule(**settings), CIFAR10DataModule(**settings, normalised=True, **numbers)
+        for data in (plain, normalised):
+            data.setup()
+            data.trainer = SimpleNamespace(**vars(place), max_epochs=1, state=SimpleNamespace(fn="fit"))
+        for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+            images, labels = next(iter(getattr(plain, name)()))
+            floats, same = next(iter(getattr(normalised, name)()))
+            assert floats.dtype == torch.float32
+            assert torch.allclose(floats, reference(images), atol=1e-6, rtol=0)
+            assert torch.equal(labels, same)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's, on what these Trainers are
+def test_somebody_elses_module_trains_and_the_data_module_goes_from_trainer_to_trainer() -> None:
+    data = CIFAR10DataModule(dataset="shapes", batch_size=32, num_val=100, normalised=True)
+    first = trainer()
+    first.fit(Foreign(), datamodule=data)
+    for stage in ("validate", "test", "predict"):
+        getattr(trainer(), stage)(Foreign(), datamodule=first.datamodule)
+    trainer(overfit_batches=1, max_epochs=2).fit(Foreign(), datamodule=data)
+    trainer(reload_dataloaders_every_n_epochs=1, max_epochs=2).fit(Foreign(), datamodule=data)
+    line = error_of(lambda: trainer().fit(LitClassifier(nn.Flatten()), datamodule=data))
+    assert line.startswith("LitClassifier normalises uint8 images itself")
+    line = error_of(lambda: trainer().validate(Foreign(), datamodule=CIFAR10DataModule(dataset="shapes")))
+    assert line == "there are no images for validation: set num_val above 0"
+
+
+def test_no_rank_of_somebody_elses_module_gets_a_batch_without_images() -> None:
+    data = CIFAR10DataModule(dataset="shapes", batch_size=9998, num_val=1, normalised=True)
+    data.setup()
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2, overfit_batches=0)  # type: ignore[assignment]
+    assert [len(share) for share in data.train_batches().shares(0)] == [4999]
+
+
+def test_its_settings_are_plain_values_and_make_it_again() -> None:
+    data = CIFAR10DataModule(
+        dataset="shapes", batch_size=np.int64(8), augment=Augment(crop=2), transform=[nn.Identity()]
+    )
+    assert data.hparams["batch_size"] == 8
+    assert not {"mean", "std", "normalised"} & data.hparams.keys()  # which LitClassifier may have other values of
+    data = CIFAR10DataModule(dataset="shapes", augment=Augment(crop=2), normalised=True)
+    torch.save(dict(data.hparams), "hparams.pt")
+    again = CIFAR10DataModule(**torch.load("hparams.pt", weights_only=True))
+    assert again.hparams == data.hparams
+    assert again.augment == data.augment
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"batch_size": 0}, {"batch_size": True}, {"num_val": "5"}, {"num_workers": -1}, {"eval_batch_size": 0}),
+        *(
+            {"seed": 1.5},
+            {"dataset": "cifar"},
+            {"drop_last": "no"},
+            {"mirrors": "host"},
+            {"mirrors": []},
+            {"augment": 3},
+        ),
+        *({"transform": [1]}, {"transform": "RandAugment"}, {"augment": {"crops": 1}}, {"augment": {"crop": 0.5}}),
+        *({"augment": {"flip": "x"}}, {"mean": 0.5}, {"std": (0, 1, 1)}, {"data_dir": None}, {"normalised": 1}),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_in_python_is_one_line_that_names_it(setting: dict[str, Any]) -> None:
+    line = error_of(lambda: CIFAR10DataModule(**{"dataset": "shapes", **setting}))
+    assert line.startswith(next(iter(setting)))
+
+
+def test_images_that_nobody_has_read_and_stages_that_are_none_are_told() -> None:
+    data = CIFAR10DataModule(dataset="shapes")
+    for ask in (data.train_dataloader, data.test_dataloader, lambda: data.classes):
+        assert "call setup(" in error_of(ask)
+    assert "there is no stage 'train'" in error_of(data.setup, "train")

@@ -571,7 +571,7 @@ def test_no_network_names_three_ways_out(tmp_path: Path, monkeypatch: pytest.Mon
         fetch_folder(tmp_path, SPEC, [f"http://{closed_port()}/a", f"http://name:secret@{host}/a"])
     assert str(caught.value) == (
         f"SMALL is not in {tmp_path} and no mirror could be reached (last: {host}: Connection refused); "
-        f"put small.tar.gz into {tmp_path}, or name your data with --data_dir, or try `make demo` "
+        f"put small.tar.gz into {tmp_path}, or name your data with data_dir=..., or try `make demo` "
         "(embedded data, no download)"
     )
 

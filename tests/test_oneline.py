@@ -1,7 +1,9 @@
 """What a person can fix ends in one line, whatever part complains; bugs of this package keep their traceback."""
 
+import ast
 import copy
 import gc
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,18 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor, nn
 
 import lit_cifar.fit
+from lit_cifar import log
 from lit_cifar.cli import blame, checks, machine
 from lit_cifar.cli.command import CLI, set_up
 from lit_cifar.cli.parser import gist
 from lit_cifar.data import shapes
+from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.data.split import Split
+from lit_cifar.errors import UserError
 from lit_cifar.model.classifier import load
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.nets import Net
+from lit_cifar.text import in_command, is_command
 from lit_cifar.training import loop
 from lit_cifar.training.progress import Progress
 
@@ -511,3 +517,71 @@ def test_a_net_with_lazy_layers_is_loaded_again() -> None:
     fit("--model.net", "test_oneline.Lazy", "--data.drop_last", "true")
     net, classes = load("lightning_logs/version_0/checkpoints/last.ckpt", trust=True)
     assert net(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, len(classes))
+
+
+# ---- what settings are called ----
+
+
+def messages() -> list[str]:
+    """Texts of the package that name a flag and can come out of Python; what fills them is 3."""
+    found = []
+    package = Path(lit_cifar.__file__).parent
+    rooms = ("model", "data", "run", "results", "training")
+    for path in (path for room in rooms for path in sorted((package / room).glob("*.py"))):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in nodes:
+            text = ""
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(part.value if isinstance(part, ast.Constant) else "3" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs | parts:
+                text = node.value
+            if re.search(r"--[a-z_.]+", text) and " " in text:
+                found.append(text)
+    return found
+
+
+def test_every_message_names_arguments_in_python_and_flags_in_a_command() -> None:
+    assert len(messages()) > 40
+    for message in messages():
+        said = str(UserError(message))
+        assert not re.search(r"(?<![\w-])--(?!shm-size)", said), said
+        assert not re.search(r"=(true|false|null)\b|  |\bwith \w+$", said), said
+        with in_command():
+            assert str(UserError(message)) == message
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model.lr -1 is out of range", "lr=-1 is out of range"),
+        ("--model.lr nan is out of range", "lr=nan is out of range"),
+        (
+            "add --data.drop_last true, or choose another --batch_size",
+            "add drop_last=True, or choose another batch_size",
+        ),
+        ("set --model.net.num_classes 10", "set net.num_classes=10"),
+        ("--model.optimizer torch.optim.AdamW fails", "optimizer='torch.optim.AdamW' fails"),
+        ("--data_dir a/b c has", "data_dir='a/b' c has"),
+        ("name them with --data_dir, or stop", "name them with data_dir=..., or stop"),
+        ("needs an end: set --max_epochs or --trainer.max_steps", "needs an end: set max_epochs or max_steps"),
+        ("add --trust true", "add trust=True"),
+        ("go on with --resume a/last.ckpt", "go on with ckpt_path='a/last.ckpt'"),
+        ("choose --precision 32-true.", "choose precision='32-true'."),
+        ("--data.mirrors names none", "mirrors names none"),
+        ("fix it; --log_level debug prints more", "fix it"),
+        ("in docker by --shm-size 1g", "in docker by --shm-size 1g"),
+        ("the file a--model.lr 3.png", "the file a--model.lr 3.png"),
+    ],
+)
+def test_a_flag_and_its_value_in_python(flags: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(UserError(flags)) == str(UserError(said)) == said
+    log.warn(flags)
+    assert capsys.readouterr().err == f"lit_cifar: warning: {said}\n"
+
+
+def test_a_command_that_is_called_as_a_function_names_flags_and_leaves_no_trace() -> None:
+    assert "--data.num_val 121 takes" in error_of(lit_cifar.fit.main, [*FLAGS, "--data.num_val", "121"])
+    assert not is_command()
+    assert error_of(CIFAR10DataModule(dataset="shapes", num_val=121).setup).startswith("num_val=121 takes")

@@ -471,14 +471,14 @@ def test_a_worker_that_dies_is_one_line(name: str) -> None:
             list(_loader(FaultyTransform(getattr(signal, name))))
 
     message = error_of(load)
-    assert message.startswith("a process of --data.num_workers has died")
-    assert message.endswith("choose fewer, or --data.num_workers 0")
+    assert message.startswith("a process of num_workers has died")
+    assert message.endswith("choose fewer, or num_workers=0")
     assert ("want of memory" in message) == (name == "SIGKILL")
 
 
 def test_a_transform_that_fails_is_one_line_with_its_place() -> None:
     message = error_of(list, _loader(FaultyTransform()))
-    assert message.startswith("--data.transform: FaultyTransform fails ")
+    assert message.startswith("transform: FaultyTransform fails ")
     assert r"KeyError: 'no\nsuch pixel'" in message
     assert "tests/faults.py:" in message
 

@@ -151,7 +151,7 @@ def test_find_source_tells_the_kinds_apart(tmp_path: Path, tree: Path, dataset: 
     for folder in (tmp_path / "official", files):
         assert kind_of(folder, other) == (OfficialFiles, False)
         assert find_dataset(folder) == dataset
-    assert f"renamed holds {spec.title}, not {ARCHIVES[other].title}: add --dataset {dataset}" in error_of(
+    assert f"renamed holds {spec.title}, not {ARCHIVES[other].title}: add dataset='{dataset}'" in error_of(
         lambda: find_source(empty / "renamed", other)
     )
     assert find_dataset(tree) is None

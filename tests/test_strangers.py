@@ -17,6 +17,7 @@ import lit_cifar.test
 from lit_cifar.cli.command import CLI
 from lit_cifar.run.folder import RUNS
 from lit_cifar.run.trust import OF_TRAINER, OPTIMISERS, check_trusted, load_yaml
+from lit_cifar.text import in_command
 
 SHORT = [*SHAPES, "--batch_size", "50", "--lr", "0.05", "--trainer.limit_train_batches", "6"]
 FOLDER = RUNS / "version_0"
@@ -72,6 +73,7 @@ def spoilt(trained: Path) -> Path:
     return LAST
 
 
+@in_command()
 def read(command: Any, *args: str) -> dict[str, Any]:
     """The settings of a command with these flags, dotted and as plain values."""
     start, add = {

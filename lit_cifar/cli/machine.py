@@ -23,6 +23,7 @@ from lit_cifar.cli import blame
 from lit_cifar.data.workers import worker_error
 from lit_cifar.errors import UserError
 from lit_cifar.run.stop import STOPPED, Stopped
+from lit_cifar.text import in_command
 
 # Up to this many images times parameters a step is too small for two threads and for oneDNN's preparations. The
 # tutorial's net at batch 4 (0.25 million): forward, backward and SGD take 1.65 ms with oneDNN and 1.20 without (one
@@ -225,6 +226,7 @@ def _is_rank_0_silent() -> bool:
     return True
 
 
+@in_command()
 def explained(command: Callable[[list[str]], None], args: list[str]) -> None:
     """Runs a command, whose exceptions are UserError where blame.py says that the user can fix them."""
     try:

@@ -1,9 +1,10 @@
 """Crop, flip, cutout and colour as arithmetic on a batch of uint8 images. Nothing here knows epochs: `draw` takes a
 generator that loader.py has seeded, and `apply` takes what was drawn."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import Tensor
 from lit_cifar.errors import UserError
 
 CUTOUT_FILL = 122  # grey of 0..255, about CIFAR-10's mean pixel, so that the net sees some zeros after normalising
+Pad = Literal["zeros", "reflect"]
+Flip = Literal["none", "random", "alternating"]
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601 weights, as in torchvision's rgb_to_grayscale
 
 
@@ -51,17 +54,25 @@ class Augment:
             off.
 
     Raises:
-        UserError: more pixels are to be reflected than an image has.
+        UserError: a setting is out of its range, or more pixels are to be reflected than an image has.
     """
 
     crop: NonNegativeInt = 0
-    pad: Literal["zeros", "reflect"] = "zeros"
-    flip: Literal["none", "random", "alternating"] = "none"
+    pad: Pad = "zeros"
+    flip: Flip = "none"
     cutout: NonNegativeInt = 0
     brightness: NonNegativeFloat = 0.0
     contrast: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
+        for name, choices in (("pad", get_args(Pad)), ("flip", get_args(Flip))):
+            if (chosen := getattr(self, name)) not in choices:
+                raise UserError(f"--data.augment.{name} is {chosen!r}: expected {' or '.join(choices)}")
+        for name in ("crop", "cutout", "brightness", "contrast"):
+            number: Any = getattr(self, name)
+            whole = name in ("crop", "cutout")
+            if not (isinstance(number, SupportsIndex if whole else (int, float)) and 0 <= float(number) < math.inf):
+                raise UserError(f"--data.augment.{name} is {number!r}: expected a {'whole ' * whole}number from 0 on")
         if self.pad == "reflect" and self.crop > 31:
             raise UserError(
                 f"--data.augment.crop {self.crop} does not go with --data.augment.pad reflect: choose 31 or less"

@@ -1,13 +1,18 @@
 """CIFAR10DataModule: settings to source, validation split and loaders. source.py finds the images; what is done for
 each batch is in loader.py and augment.py."""
 
-from collections.abc import Iterator
-from typing import Literal
+import functools
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
-from torch import nn
+from torch import Tensor, nn
 
 from lit_cifar import log
 from lit_cifar.data.augment import Augment
@@ -20,7 +25,10 @@ from lit_cifar.data.tree import Tree
 from lit_cifar.data.workers import check_transform
 from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
+from lit_cifar.text import is_command
 
+Dataset = Literal["cifar10", "cifar100", "shapes"]
+LEAST = {"batch_size": 1, "eval_batch_size": 1, "num_val": 0, "num_workers": 0}  # of whole numbers
 NUM_WORKERS = 2
 # On a CPU 2,000 images at once take 10 % longer each than 500, and SpeedNet 0.75 GB more memory (one thread).
 EVAL_BATCH, GPU_EVAL_BATCH = 500, 2000
@@ -49,15 +57,21 @@ class CIFAR10DataModule(LightningDataModule):
         mirrors: where the dataset's archive is fetched from, in order: URLs (file:// too) or folders; the default is
             a list of public mirrors.
         seed: with the epoch, decides the order and augmentation of training images, and the validation split.
+        normalised: give float32 batches, scaled to [0, 1] and normalised as torchvision does it. For modules other than
+            LitClassifier, which normalises uint8 images itself.
+        mean: subtracted per channel where images are normalised.
+        std: then divides them, above 0.
 
     Raises:
-        UserError: data_dir is a URL, or mirrors is an empty list.
+        UserError: a setting is of a wrong type or out of its range, or data_dir is a URL.
     """
+
+    IN_PYTHON = ("normalised", "mean", "std")  # no flags: commands train LitClassifier
 
     def __init__(
         self,
         data_dir: str = DEFAULT_DATA_DIR,
-        dataset: Literal["cifar10", "cifar100", "shapes"] = "cifar10",
+        dataset: Dataset = "cifar10",
         batch_size: PositiveInt = 4,
         eval_batch_size: PositiveInt | None = None,
         num_val: NonNegativeInt = 0,
@@ -67,26 +81,72 @@ class CIFAR10DataModule(LightningDataModule):
         drop_last: bool = False,
         mirrors: list[str] | None = None,
         seed: int = 0,
+        normalised: bool = False,
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
     ) -> None:
         super().__init__()
+        if not isinstance(data_dir, (str, os.PathLike)):
+            raise UserError(f"--data_dir {data_dir!r} is no path")
         self.data_dir = local_path(data_dir, "--data_dir")
         self.dataset = dataset
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_val = num_val
         self.augment = augment
-        self.transform = transform
+        self.transform = [transform] if isinstance(transform, nn.Module) else transform
         self.num_workers = num_workers
         self.drop_last = drop_last
-        if mirrors == []:
-            raise UserError("--data.mirrors names none: list one at least, or leave it out for the public ones")
         self.mirrors = mirrors
         self.seed = seed
+        self.normalised = normalised
+        self.mean, self.std = mean, std
+        if isinstance(augment, dict) and augment.keys() <= vars(Augment()).keys():
+            self.augment = Augment(**augment)
+        self._check_settings()
+        if not is_command():  # whose config has them
+            self.save_hyperparameters(self._plain_settings())
+            self._hparams_name = "kwargs"  # for load_from_checkpoint
         self._source: Source | None = None
         self._train: Split | None = None
         self._val: Split | None = None
         self._test: Split | None = None
         self._checked = False  # whether settings without effect were looked for
+
+    def _check_settings(self) -> None:
+        """As the parser checks them for commands."""
+        if self.mirrors in ([], ()):
+            raise UserError("--data.mirrors names none: list one at least, or leave it out for the public ones")
+        wanted = {
+            "dataset": (self.dataset in get_args(Dataset), f"one of {', '.join(get_args(Dataset))}"),
+            "augment": (isinstance(self.augment, Augment), "Augment(...), or a dict of its settings"),
+            "transform": (_is_list(self.transform or [], nn.Module), "a list of modules, such as torchvision's v2"),
+            "mirrors": (_is_list(self.mirrors or [], str), "a list of URLs and folders"),
+            "drop_last": (isinstance(self.drop_last, bool), "true or false"),
+            "normalised": (isinstance(self.normalised, bool), "true or false"),
+            "mean": (_is_list(self.mean, float, int) and len(self.mean) == 3, "three numbers"),
+            "std": (_is_list(self.std, float, int) and len(self.std) == 3 and min(self.std) > 0, "three above 0"),
+            "seed": (_is_whole(self.seed, -math.inf), "a whole number"),
+        }
+        for name, least in LEAST.items():
+            number = getattr(self, name)
+            is_open = number is None and name == "eval_batch_size"
+            wanted[name] = is_open or _is_whole(number, least), f"a whole number from {least} on"
+        for name, (is_right, words) in wanted.items():
+            if not is_right:
+                given = " ".join(repr(getattr(self, name)).split())[:200]
+                raise UserError(f"--data.{name} is {given}: expected {words}")
+        for name in LEAST:  # as plain numbers, which the parser's own types are not
+            setattr(self, name, None if getattr(self, name) is None else int(getattr(self, name)))
+
+    def _plain_settings(self) -> dict[str, Any]:
+        """All that decides the batches, for loggers and checkpoints."""
+        settings = {name: getattr(self, name) for name in inspect.signature(CIFAR10DataModule).parameters}
+        settings["data_dir"], settings["augment"] = str(self.data_dir), asdict(self.augment)
+        settings["transform"] = self.transform and [repr(part) for part in self.transform]
+        settings["mean"], settings["std"] = list(self.mean), list(self.std)
+        # LitClassifier has settings of these names, and Lightning wants no two values for one
+        return {name: value for name, value in settings.items() if self.normalised or name not in self.IN_PYTHON}
 
     @property
     def source(self) -> Source:
@@ -117,13 +177,25 @@ class CIFAR10DataModule(LightningDataModule):
             self._source = other._source
         self._train, self._val, self._checked = other._train, other._val, other._checked
 
-    def setup(self, stage: str) -> None:
-        """Reads what the stage needs: 'fit', 'validate' or 'test'. Says once which settings have no effect."""
+    def setup(self, stage: str | None = None) -> None:
+        """Reads what the stage needs: 'fit', 'validate', 'test' or 'predict'; None: everything. Says once which
+        settings have no effect. Without a Trainer it prepares the data too.
+
+        Raises:
+            UserError: there is no such stage, or as of prepare_data, or the module would normalise images again.
+        """
+        if stage not in (None, "fit", "validate", "test", "predict"):
+            raise UserError(
+                f"there is no stage {stage!r}: set up 'fit', 'validate', 'test' or 'predict', or leave it out"
+            )
+        self._check_module()
+        if self.trainer is None and not is_command():  # both of which prepare first
+            self.prepare_data()
         if not self._checked and log.rank() == 0:
             for line in self._without_effect(stage):
                 log.warn(line)
         self._checked = True
-        if stage in ("fit", "validate") and self._train is None:
+        if stage in (None, "fit", "validate") and self._train is None:
             train = self.source.read(train=True)
             if self.num_val:
                 self._train, self._val = split_validation(train, self.num_val, self.seed)  # it gives `train` away
@@ -131,10 +203,19 @@ class CIFAR10DataModule(LightningDataModule):
                 self._train = train
             if self.transform:
                 check_transform(nn.Sequential(*self.transform), self._train, self.num_workers)
-        if stage == "test" and self._test is None:
+        if stage in (None, "test", "predict") and self._test is None:
             self._test = self.source.read(train=False)
 
-    def _without_effect(self, stage: str) -> Iterator[str]:
+    def _check_module(self) -> None:
+        module = self.trainer.lightning_module if self.trainer else None
+        example = getattr(module, "example_input_array", None)  # by which a module says what it takes
+        if self.normalised and isinstance(example, Tensor) and example.dtype == torch.uint8:
+            raise UserError(
+                f"{type(module).__name__} normalises uint8 images itself: leave out normalised=True, and give it the "
+                "mean and std"
+            )
+
+    def _without_effect(self, stage: str | None) -> Iterator[str]:
         """Lines on what was chosen and changes nothing; a chosen default looks like one that was left alone."""
         source = self.source
         if self.dataset == "shapes" and str(self.data_dir) != DEFAULT_DATA_DIR:
@@ -145,7 +226,7 @@ class CIFAR10DataModule(LightningDataModule):
             yield f"{self.data_dir} holds images in train/ and test/ too, which are not used: --dataset's are"
         if self.mirrors and not isinstance(source, OfficialFiles):
             yield "--data.mirrors has no effect: nothing is downloaded for these data"
-        if stage == "fit":
+        if stage in (None, "fit"):
             if self.augment.pad != "zeros" and not self.augment.crop:
                 yield f"--data.augment.pad {self.augment.pad} has no effect without --data.augment.crop"
             if self.num_workers not in (0, NUM_WORKERS) and not self.transform:
@@ -153,40 +234,54 @@ class CIFAR10DataModule(LightningDataModule):
 
     @property
     def train(self) -> Split:
-        assert self._train is not None, "setup('fit') comes first"
-        return self._train
+        return self._read(self._train, "fit")
 
     @property
     def test(self) -> Split:
-        assert self._test is not None, "setup('test') comes first"
-        return self._test
+        return self._read(self._test, "test")
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the K classes, known after setup."""
-        split = self._train or self._test
-        assert split is not None, "setup comes first"
-        return split.classes
+        return self._read(self._train or self._test, "fit").classes
+
+    def _read(self, split: Split | None, stage: str) -> Split:
+        if split is None:
+            raise UserError(f"the images are not read yet: call setup({stage!r}) first, which a Trainer does by itself")
+        return split
 
     def train_batches(self) -> TrainBatches:
         """The order and shares of training batches on this rank, without their pixels."""
         # Lightning asks for the same batches in each epoch then
         overfit = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
-        return TrainBatches(
-            len(self.train.labels), self.batch_size, self.seed, not overfit, self.drop_last, *self._rank()
-        )
+        rank, num_ranks = self._rank()
+        num_images = len(self.train.labels)
+        # a rank without an image in the last batch: the mean loss of other people's modules is not a number there
+        drop_last = self.drop_last or (self.normalised and num_images % self.batch_size < num_ranks)
+        return TrainBatches(num_images, self.batch_size, self.seed, not overfit, drop_last, rank, num_ranks)
 
     def train_dataloader(self) -> DeviceLoader:
         batches = self.train_batches()
         transform = nn.Sequential(*self.transform) if self.transform else None
         num_epochs = self.trainer.max_epochs if self.trainer else None
-        return DeviceLoader(self.train, batches, self._device(), self.augment, transform, self.num_workers, num_epochs)
+        workers = {"transform": transform, "num_workers": self.num_workers}
+        return DeviceLoader(
+            self.train, batches, self._device(), self.augment, **workers, num_epochs=num_epochs, finish=self._finish()
+        )
 
     def val_dataloader(self) -> DeviceLoader | list[DeviceLoader]:
-        return self._eval_loader(self._val) if self._val else []
+        if self._val:
+            return self._eval_loader(self._val)
+        if self.trainer and self.trainer.state.fn == "validate":
+            raise UserError("there are no images for validation: set --data.num_val above 0")
+        return []
 
     def test_dataloader(self) -> DeviceLoader:
         return self._eval_loader(self.test)
+
+    def predict_dataloader(self) -> DeviceLoader:
+        """The test images, with their labels."""
+        return self.test_dataloader()
 
     def num_batches(self) -> dict[str, int]:
         """Batches of 'train', 'val' and 'test' on each rank, of those that are set up and have images."""
@@ -210,10 +305,29 @@ class CIFAR10DataModule(LightningDataModule):
         return self.trainer.strategy.broadcast(size) if self.trainer else size  # ranks have equally many batches
 
     def _eval_loader(self, split: Split) -> DeviceLoader:
-        return DeviceLoader(split, self._eval_batches(split), self._device())
+        return DeviceLoader(split, self._eval_batches(split), self._device(), finish=self._finish())
+
+    def _finish(self) -> Callable[[Tensor], Tensor] | None:
+        if not self.normalised:
+            return None
+        mean, std = (torch.tensor(numbers, device=self._device()).view(3, 1, 1) for numbers in (self.mean, self.std))
+        return functools.partial(_normalised, mean=mean, std=std)
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+
+def _normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """What ToTensor and Normalize of torchvision make of uint8 images, to the bit."""
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+def _is_whole(number: Any, least: float) -> bool:
+    return isinstance(number, SupportsIndex) and not isinstance(number, bool) and int(number) >= least
+
+
+def _is_list(values: Any, *kinds: type) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(value, kinds) for value in values)

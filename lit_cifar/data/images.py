@@ -126,11 +126,7 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[b
     if len(data) > MAX_MEMBER_BYTES:
         raise UserError(TOO_LARGE)
     try:
-        image = to_rgb(_opened(data, formats), data)
-        resized = image.size != (32, 32)
-        if resized:
-            image = image.resize((32, 32), Image.Resampling.BICUBIC)
-        pixels = np.frombuffer(image.tobytes(), np.uint8)
+        return _resized(to_rgb(_opened(data, formats), data))
     except UserError:
         raise
     except Image.DecompressionBombError as error:
@@ -138,7 +134,39 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[b
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more for damage
         known = "JPEG, PNG or WebP" if formats == IMAGE_FORMATS else "an image"
         raise UserError(f"cannot be decoded as {known}") from error
-    return pixels.reshape(32, 32, 3).transpose(2, 0, 1).tobytes(), resized
+
+
+def pixels_of(image: "Image.Image") -> bytes:
+    """As `decode_image`, of an image that somebody made or opened, which stays as it is.
+
+    One that is opened and not yet read is decoded from its file: what that says of its values is lost in reading.
+
+    Raises:
+        UserError: as of decode_image.
+    """
+    file: Any = getattr(image, "fp", None)
+    try:
+        if not (file and getattr(image, "tile", None)) or image.tell():  # a later frame
+            return _resized(to_rgb(image.copy(), b""))[0]
+        place = file.tell()
+        file.seek(0)
+        data = file.read(MAX_MEMBER_BYTES + 1)
+        file.seek(place)
+    except UserError:
+        raise
+    except Exception as error:  # its file is closed, or damaged
+        raise UserError("cannot be decoded as an image") from error
+    return decode_image(data)[0]
+
+
+def _resized(image: "Image.Image") -> tuple[bytes, bool]:
+    """An RGB image to 3072 bytes (3, 32, 32), and whether it had another size."""
+    from PIL import Image
+
+    resized = image.size != (32, 32)
+    if resized:
+        image = image.resize((32, 32), Image.Resampling.BICUBIC)
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(32, 32, 3).transpose(2, 0, 1).tobytes(), resized
 
 
 def _opened(data: bytes, formats: tuple[str, ...] | None) -> "Image.Image":

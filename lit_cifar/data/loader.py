@@ -143,6 +143,8 @@ class Epoch:
 class DeviceLoader:
     """Yields (images, labels) of each batch on the device: images (B, 3, 32, 32) uint8, labels (B,) int64.
 
+    The order is epoch 0's until `set_epoch` chooses another: a Trainer calls it, a loop of one's own has to.
+
     The split lies on the device as a whole and is indexed there. With a `transform`, images pass through it one by one
     in a standard DataLoader instead, in the same order and shares. Either way they are augmented last, on the device.
 
@@ -154,6 +156,7 @@ class DeviceLoader:
         transform: maps one uint8 image (3, 32, 32) to another, for example a torchvision v2 transform.
         num_workers: processes that apply the transform.
         num_epochs: of the training run, where it is known: none after it is made ready.
+        finish: makes of each batch's images what is yielded in their place.
     """
 
     def __init__(
@@ -165,8 +168,10 @@ class DeviceLoader:
         transform: Callable[[Tensor], Tensor] | None = None,
         num_workers: int = 0,
         num_epochs: int | None = None,
+        finish: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.batches = batches
+        self._finish = finish
         self.device = device
         self.augment = augment
         self._epoch = 0
@@ -220,6 +225,8 @@ class DeviceLoader:
         if made is None or start:
             made = self._make(epoch, start)
         batches = self._from_device(made) if self._workers is None else self._from_workers(epoch, made)
+        if finish := self._finish:
+            batches = ((finish(images), labels) for images, labels in batches)
         for batch in itertools.count(start):
             asked = time.perf_counter()
             images_and_labels = next(batches, None)

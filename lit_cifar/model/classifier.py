@@ -7,10 +7,12 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 import jsonargparse
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lit_cifar import log
+from lit_cifar.data.images import pixels_of
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.files import local_path
 from lit_cifar.model.check import shape_lazy_layers
@@ -50,6 +52,54 @@ def views(images: Tensor, tta: TTA) -> list[tuple[Tensor, float]]:
     ]
 
 
+def to_batch(images: Any, name: str = "images") -> Tensor:
+    """Images as people have them to (B, 3, 32, 32) uint8 0..255. Other sizes are resized as `predict` does it.
+
+    Args:
+        images: a PIL image of any mode; a tensor uint8 (3, H, W) or (B, 3, H, W); a NumPy array uint8 with its 3
+            colours, RGB, last or before height and width; or a list or tuple of these, whose sizes may differ.
+        name: what they are called in messages.
+
+    Raises:
+        UserError: they are none of these, or it cannot be known which axis has the colours.
+    """
+    from PIL import Image
+
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise UserError(f"{name}: the list is empty")
+        return torch.cat([to_batch(image, f"{name}[{i}]").cpu() for i, image in enumerate(images)])
+    if isinstance(images, Image.Image):
+        try:
+            return torch.frombuffer(bytearray(pixels_of(images)), dtype=torch.uint8).view(1, 3, 32, 32)
+        except UserError as error:
+            raise UserError(f"{name}: the image {error}") from error
+    if not isinstance(images, (Tensor, np.ndarray)):
+        raise UserError(
+            f"{name}: {type(images).__name__} is no image; give a PIL image, such as PIL.Image.open(PATH), a uint8 "
+            "array (H, W, 3) or tensor (B, 3, H, W), or a list of them"
+        )
+    dtype, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape)
+    axes = [axis for axis in ((-3,) if isinstance(images, Tensor) else (-3, -1)) if shape[axis:][:1] == (3,)]
+    if dtype != "uint8" or len(shape) not in (3, 4) or len(axes) != 1 or 0 in shape[-3:]:
+        if "float" in dtype:
+            hint = "; the net scales and normalises itself, and (255 * images).round() undoes a scaling to [0, 1]"
+        elif dtype != "uint8":
+            hint = "; scale other values to these first"
+        elif len(axes) == 2:
+            hint = "; which axis has the colours cannot be known: give a tensor"
+        else:
+            hint = ", RGB; the colours are the first axis of a tensor's image, and PIL images may have others"
+        raise UserError(
+            f"{name}: {dtype} {shape} given; want torch.uint8 (B, 3, 32, 32), or other sizes, 0 to 255{hint}"
+        )
+    batch = (images if isinstance(images, Tensor) else torch.from_numpy(images.copy())).movedim(axes[0], -3)
+    batch = batch if batch.ndim == 4 else batch[None]
+    if batch.shape[2:] == (32, 32):
+        return batch
+    return to_batch([Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in batch], name)
+
+
 class Classifier(nn.Module):
     """A net as LitClassifier's test uses it, without the Trainer; weights have the same names as LitClassifier's.
 
@@ -71,14 +121,19 @@ class Classifier(nn.Module):
         self.register_buffer("std", std)
 
     @calls_chosen("on images")
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Any) -> Tensor:
         """Maps images (B, 3, 32, 32) uint8 0..255 to logits (B, K): scales, normalises, applies the net to all views.
 
+        Args:
+            images: on any device; or what `to_batch` makes such images of.
+
         Raises:
-            UserError: images have another dtype or shape, such as images that were scaled before.
+            UserError: they are neither, such as images that were scaled before.
         """
-        if images.dtype != torch.uint8 or images.shape[1:] != (3, 32, 32):
-            raise UserError(f"images are {images.dtype} {tuple(images.shape)}; want torch.uint8 (B, 3, 32, 32)")
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.shape[1:] != (3, 32, 32):
+            images = to_batch(images)
+        if images.device != self.mean.device:
+            images = images.to(self.mean.device)
         logits: Tensor = sum(
             self.net(normalise(view, self.mean, self.std)) * weight for view, weight in views(images, self.tta)
         )
@@ -140,18 +195,21 @@ class Classes(tuple[str, ...]):
         return super().__getitem__(index)
 
 
-def load(path: str | os.PathLike[str], tta: TTA | None = None, trust: bool = False) -> tuple[Classifier, Classes]:
+def load(
+    path: str | os.PathLike[str], tta: TTA | None = None, trust: bool = False, net: nn.Module | None = None
+) -> tuple[Classifier, Classes]:
     """The net of a checkpoint, in eval mode on the CPU, and the names of its classes.
 
         net, classes = load("last.ckpt")
-        classes[net(images).argmax(1)]  # images (B, 3, 32, 32) uint8 0..255; a list of B names
+        classes[net(images).argmax(1)]  # images (B, 3, 32, 32) uint8 0..255, or PIL images; a list of B names
 
     The net scales, normalises and augments as the run's test did, so that it has the accuracy that the test reported.
 
     Args:
-        path: a checkpoint that lit_cifar.fit wrote; nothing else of the run is needed.
+        path: a checkpoint of lit_cifar.fit, or of LitClassifier in any Trainer; nothing else of the run is needed.
         tta: test-time augmentation in place of the run's: 'none', 'mirror' or 'mirror_shift'.
         trust: make the net also where its class is of a package that is not trusted by itself, such as your own.
+        net: takes the weights in place of the net that the checkpoint names, for one that names none.
 
     Raises:
         UserError: there is no such augmentation; the file is no checkpoint of lit_cifar; its net is of a package that
@@ -159,21 +217,34 @@ def load(path: str | os.PathLike[str], tta: TTA | None = None, trust: bool = Fal
     """
     if tta not in (None, *get_args(TTA)):
         raise UserError(f"there is no test-time augmentation {tta!r}; choose one of {', '.join(get_args(TTA))}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"load takes the path of a checkpoint, not a {type(path).__name__}; write it to a file first")
     state = read_checkpoint(local_path(path, "the checkpoint"))
-    settings = state.config.get("model")
-    if not settings or "net" not in settings:
-        raise UserError(f"{path} does not say which net it holds: no command of lit_cifar wrote it")
-    if not trust:
-        check_trusted(settings["net"])
-    weights = state.weights
+    settings = state.config.get("model", {})
     tta = tta or settings.get("tta", "none")
     if tta not in get_args(TTA):
         raise UserError(f"{path} has an unknown test-time augmentation, {tta!r}; choose one")
-    if not trust:
-        check_net(settings["net"], weights)
-    classifier = _make_classifier(settings["net"], tta, weights)
+    # without what a subclass of LitClassifier has beside the net; torch.compile's wrapper adds to names
+    weights = {
+        name.replace("net._orig_mod.", "net.", 1): weight
+        for name, weight in state.weights.items()
+        if name in ("mean", "std") or name.startswith("net.")
+    }
+    if net is None:
+        if not settings.get("net"):
+            raise UserError(f"{path} does not say which net it holds; in Python, load(path, net=...) takes one")
+        if not trust:
+            check_trusted(settings["net"])
+            check_net(settings["net"], weights)
+        net = _make_net(settings["net"])
+    elif not isinstance(net, nn.Module):
+        raise UserError(f"net is a {type(net).__name__}; give a torch.nn.Module, such as Net()")
+    else:
+        net = getattr(net, "_orig_mod", net)
+        shape_lazy_layers(net)
+    classifier = _fitting(net, tta, weights)
     classifier.load_state_dict(weights)
-    return classifier.eval(), Classes(state.classes)
+    return classifier.eval().cpu(), Classes(state.classes)
 
 
 def check_net(settings: Any, weights: dict[str, Tensor]) -> None:
@@ -185,7 +256,7 @@ def check_net(settings: Any, weights: dict[str, Tensor]) -> None:
         UserError: it cannot be made, or the weights are another one's.
     """
     with torch.device("meta"):
-        _make_classifier(settings, "none", weights)
+        _fitting(_make_net(settings), "none", weights)
 
 
 def checked_config(state: State, settings: Any, wanted: Mapping[str, Collection[str] | None]) -> dict[str, Any]:
@@ -228,8 +299,7 @@ def checked_config(state: State, settings: Any, wanted: Mapping[str, Collection[
     return config
 
 
-def _make_classifier(settings: Any, tta: TTA, weights: dict[str, Tensor]) -> Classifier:
-    net = _make_net(settings)
+def _fitting(net: nn.Module, tta: TTA, weights: dict[str, Tensor]) -> Classifier:
     classifier = Classifier(net, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), tta)
     check_weights(classifier, net, weights)
     return classifier

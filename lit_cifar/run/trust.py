@@ -143,7 +143,7 @@ def check_trusted(config: Any, listed: tuple[str, ...] = OPTIMISERS) -> None:
         if class_path not in _classes_of(listed) and not _is_trusted(class_path):
             raise UserError(
                 f"the checkpoint names the class {printable(class_path)}, which runs code of that package: "
-                "add --trust true (in Python: trust=True) if you trust the file"
+                "add --trust true if you trust the file"
             )
 
 
