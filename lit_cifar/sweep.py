@@ -316,11 +316,12 @@ class _Judge(Callback):
         for key, value in self.trial.params.items():
             if key.rsplit(".", 1)[-1] not in chosen:  # most are there by their short name
                 chosen[key] = value
-        # TensorBoard finds the value under this tag, where each validation logs it
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
+            if isinstance(logger, TensorBoardLogger):  # which finds the value where each validation logs it
                 for summary in hparams(chosen, {"val/accuracy": 0.0}):
                     logger.experiment._get_file_writer().add_summary(summary)
+            else:
+                logger.log_hyperparams(chosen)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
