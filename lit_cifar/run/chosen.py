@@ -29,6 +29,8 @@ from lit_cifar.text import printable
 # what Lightning and this package call of a logger
 CALLED = "log_metrics log_hyperparams log_graph log_image log_text after_save_checkpoint save finalize".split()  # noqa: SIM905
 IDENTITIES = ("run_id", "experiment_key", "version", "id")  # under one of which a logger goes on with what it has begun
+# MLflow 3.17 refuses folders without; after a kill -9 W&B's file lacks the newest 15 seconds without
+ENVIRONMENT = {"MLFLOW_ALLOW_FILE_STORE": "true", "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1"}
 # what people call a logger, and what follows --trainer.logger
 WORDS = {"csv": "CSVLogger --trainer.logger.save_dir .", "wandb": "WandbLogger", "mlflow": "MLFlowLogger"}
 WORDS |= {"comet": "CometLogger", "tensorboard": "true", "none": "false", "no": "false", "off": "false"}
@@ -128,6 +130,8 @@ def make_loggers(chosen: Any, run: Run, resumed_step: int | None) -> list[Logger
     chosen = chosen if isinstance(chosen, list) else [chosen] if chosen else []
     if log.rank():
         return [DummyLogger() for _ in chosen]
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     before = _begun(run) if resumed_step is not None else {}
     begun: dict[str, list[Any]] = {}
     loggers = []
@@ -196,8 +200,6 @@ def _make(
 def _place(class_path: str, given: Namespace, run: Run, number: int) -> None:
     """Has a logger write into the run's folder, unless its settings name another place: the second one of a class into
     a folder of its own there, as far as Lightning's names of folders are asked for."""
-    if given.get("tracking_uri", "none") is None:
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # or MLflow 3.17 refuses folders
     if "save_dir" not in given:
         return
     module, _, name = class_path.rpartition(".")
@@ -207,7 +209,8 @@ def _place(class_path: str, given: Namespace, run: Run, number: int) -> None:
     if place not in (None, default) and Path(place).resolve() not in roots:
         return
     if not {"name", "version"} <= set(defaults) or defaults["name"].default != RUNS.name:
-        given["save_dir"] = os.path.normpath(run.folder / (default if isinstance(default, str) else ""))
+        # absolute: W&B's service and MLflow's stores outlive a run, and know the working folder of their beginning
+        given["save_dir"] = os.path.abspath(run.folder / (default if isinstance(default, str) else ""))
         return
     chosen = [part for part in (given["name"], given["version"]) if part not in (None, "", RUNS.name)]
     if number:

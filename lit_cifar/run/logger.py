@@ -32,8 +32,9 @@ class RunLogger(TensorBoardLogger):
     def __init__(
         self, run: Run, resumed_step: int | None = None, place: Path | None = None, prefix: str = "", **settings: Any
     ) -> None:
-        purge_step = None if resumed_step is None else resumed_step + 1
-        super().__init__("", "", default_hp_metric=False, prefix=prefix, **{"purge_step": purge_step, **settings})
+        if resumed_step is not None:
+            settings["purge_step"] = resumed_step + 1
+        super().__init__("", "", default_hp_metric=False, prefix=prefix, **settings)
         self._run = run
         self._place = place
         self._resumed_step = resumed_step
@@ -106,6 +107,7 @@ class _Writer(SummaryWriter):
             return self.file_writer
         probe = Path(self.log_dir, f".events.{os.getpid()}.part")
         try:
+            probe.parent.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(bytes(4096))  # more than the file begins with
         except OSError as error:
             self.lose(error)

@@ -159,8 +159,7 @@ def _shows(logger: Any) -> Callable[[str, pictures.Picture, int], object] | None
         return lambda tag, picture, step: logger.experiment.add_image(tag, picture, step, dataformats="HWC")
     if callable(getattr(logger, "log_image", None)):
         return lambda tag, picture, step: logger.log_image(tag, [picture], step)
-    show = getattr(logger.experiment, "log_image", None)
-    if callable(show) and hasattr(logger, "run_id"):
+    if show := _of_client(logger, "log_image"):
         return lambda tag, picture, step: attempt(logger, show, logger.run_id, picture, key=tag, step=step)
     return None
 
@@ -171,8 +170,13 @@ def log_text(logger: Any, tag: str, markdown: str, step: int = 0) -> None:
         logger.experiment.add_text(tag, markdown, step)
     elif callable(getattr(logger, "log_text", None)):
         logger.log_text(tag, columns=["text"], data=[[markdown]], step=step)
-    elif callable(log := getattr(logger.experiment, "log_text", None)) and hasattr(logger, "run_id"):
+    elif log := _of_client(logger, "log_text"):
         attempt(logger, log, logger.run_id, markdown, f"{tag}.md")
+
+
+def _of_client(logger: Any, name: str) -> Callable[..., object] | None:
+    method = getattr(getattr(logger, "experiment", None), name, None)
+    return method if callable(method) and hasattr(logger, "run_id") else None
 
 
 def _verbatim(lines: str) -> str:
