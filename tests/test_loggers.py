@@ -272,6 +272,29 @@ def test_two_of_a_class_do_not_share_their_files() -> None:
     assert prefixed >= figures.keys()
 
 
+class OwnTable(CSVLogger):
+    """Hands its settings on, as many a subclass does."""
+
+    def __init__(self, extra: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+class OwnEvents(TensorBoardLogger):
+    """Another one."""
+
+    def __init__(self, extra: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+def test_subclasses_of_lightnings_loggers_are_gone_on_with_too() -> None:
+    own = [{"class_path": f"test_loggers.{name}", "init_args": PLACES} for name in ("OwnTable", "OwnEvents")]
+    fit(own)
+    lit_cifar.fit.main(["--resume", "auto", "--max_epochs", "2", "--trust", "true"])
+    assert {("test/accuracy", 4), ("test/accuracy", 8)} <= once(rows()).keys()
+    assert {("test/accuracy", 4), ("test/accuracy", 8)} <= once(points()).keys()
+    assert os.listdir(RUNS) == ["version_0"]
+
+
 # ---- a run that ends otherwise ----
 
 

@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import os
+import pkgutil
 import re
 import sys
 import traceback
@@ -84,7 +85,7 @@ def attempt(logger: Logger, call: Callable[..., Any], *args: Any, **settings: An
     called again, nor anything of a logger that takes no metrics any more."""
     name = call.__name__
     lost: set[str] = vars(logger).setdefault("_lost", set())
-    if lost & {name, "log_metrics"}:
+    if name in lost or ("log_metrics" in lost and name != "finish"):
         return None
     try:
         return call(*args, **settings)
@@ -180,7 +181,9 @@ def _make(
     if type(logger) is TensorBoardLogger:
         ours = RunLogger(run, resumed_step, Path(logger.log_dir), logger._prefix, **logger._kwargs)
         return ours, logger.version
-    if type(logger) is CSVLogger and "://" not in logger.log_dir:
+    if isinstance(logger, TensorBoardLogger) and resumed_step is not None:
+        logger._kwargs["purge_step"] = resumed_step + 1
+    if isinstance(logger, CSVLogger) and "://" not in logger.log_dir:
         logger._experiment = _Rows(logger.log_dir, resumed_step)
     experiment = getattr(logger, "experiment", None)  # which opens it
     if callable(finish := getattr(experiment, "finish", None)):  # W&B's, or it would go on in the process's next run
@@ -202,19 +205,20 @@ def _place(class_path: str, given: Namespace, run: Run, number: int) -> None:
     a folder of its own there, as far as Lightning's names of folders are asked for."""
     if "save_dir" not in given:
         return
-    module, _, name = class_path.rpartition(".")
-    defaults = inspect.signature(getattr(sys.modules[module], name)).parameters
-    default, place = defaults["save_dir"].default, given["save_dir"]
+    defaults: dict[str, Any] = {}
+    for base in reversed(getattr(pkgutil.resolve_name(class_path), "__mro__", ())):  # some hand settings on by **kwargs
+        defaults |= {key: parameter.default for key, parameter in inspect.signature(base.__init__).parameters.items()}
+    default, place = defaults.get("save_dir"), given["save_dir"]
     roots = {run.root.resolve(), run.folder.resolve().parent.parent}
     if place not in (None, default) and Path(place).resolve() not in roots:
         return
-    if not {"name", "version"} <= set(defaults) or defaults["name"].default != RUNS.name:
+    if defaults.get("name") != RUNS.name or not {"name", "version"} <= set(vars(given)):
         # absolute: W&B's service and MLflow's stores outlive a run, and know the working folder of their beginning
         given["save_dir"] = os.path.abspath(run.folder / (default if isinstance(default, str) else ""))
         return
     chosen = [part for part in (given["name"], given["version"]) if part not in (None, "", RUNS.name)]
     if number:
-        chosen.append(f"{name.removesuffix('Logger').lower()}-{number + 1}")
+        chosen.append(f"{class_path.rsplit('.', 1)[-1].removesuffix('Logger').lower()}-{number + 1}")
     given["save_dir"], given["name"] = str(run.folder.parent), ""
     given["version"] = os.path.join(run.folder.name, *map(str, chosen))
 

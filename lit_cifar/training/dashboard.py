@@ -47,11 +47,12 @@ class Dashboard(Callback):
         self._images: list[tuple[Tensor, Tensor]] = []  # of this epoch's first batches, on the device
         self._num_images = 0
         self._side: int | None = None
-        self._logs_settings = True
+        self._logs_settings: bool | None = None  # as --trainer.enable_autolog_hparams says
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._logs_settings is None:
+            self._logs_settings = trainer.enable_autolog_hparams
         # or Lightning would log those of the module and the data module, under other names; it asks after this
-        self._logs_settings &= trainer.enable_autolog_hparams or stage != "fit"
         trainer.enable_autolog_hparams = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
