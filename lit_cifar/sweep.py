@@ -314,14 +314,14 @@ class _Judge(Callback):
         self.trial.set_user_attr("trial", self.record)  # first: a killed trial's folder is found by it
         write_trial(self.record)
         chosen = hyperparameters(pl_module.config)
-        for key, value in self.trial.params.items():
-            if key.rsplit(".", 1)[-1] not in chosen:  # most are there by their short name
-                chosen[key] = value
-        # TensorBoard finds the value under this tag, where each validation logs it
+        # most are there by their short name
+        more = {key: value for key, value in self.trial.params.items() if key.rsplit(".", 1)[-1] not in chosen}
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for summary in hparams(chosen, {"val/accuracy": 0.0}):
+            if isinstance(logger, TensorBoardLogger):  # which finds the value where each validation logs it
+                for summary in hparams(chosen | more, {"val/accuracy": 0.0}):
                     logger.experiment._get_file_writer().add_summary(summary)
+            else:
+                logger.log_hyperparams(more)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:

@@ -28,8 +28,8 @@ from lit_cifar.cli.parser import Parser
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model.module import LitClassifier
+from lit_cifar.run.chosen import make_loggers
 from lit_cifar.run.folder import Run
-from lit_cifar.run.logger import make_loggers
 from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.save import Checkpoints, OpenRun
 from lit_cifar.run.write import DurableCheckpointIO

@@ -138,6 +138,10 @@ class Parser(LightningArgumentParser):
         """One line out of jsonargparse's several: the flag as typed, what is wrong, the nearest right one."""
         found = re.match(r'[Pp]arser key "([^"]+)":', message)
         if found and (reason := gist(message)) != message:
+            if found[1] == "trainer.logger":
+                from lit_cifar.run.chosen import named_logger  # and TensorBoard, which many a command does without
+
+                reason = named_logger(reason)
             return f"{self._as_typed(found[1].rstrip('+'))}: {reason}"
         message = " ".join(message.split())
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]

@@ -19,6 +19,7 @@ TRIAL = "trial.json"
 CHECKPOINTS = "checkpoints"
 IDENTITY = "run.json"
 LOCK = "run.lock"
+LOGGERS = "loggers.json"
 
 
 class Run:
@@ -39,6 +40,7 @@ class Run:
         self.identity = identity
         self._folder = folder
         self._lock: FolderLock | None = None
+        self.closing = contextlib.ExitStack()  # of what is open while this process has the folder
         self.started = 0.0  # when this process began its piece of the run, on time.perf_counter's clock
         self.earlier: list[dict[str, float]] = []  # seconds of the pieces that other processes trained, as far as known
 
@@ -93,7 +95,8 @@ class Run:
         self._lock.acquire()
 
     def unlock(self) -> None:
-        """Lets other processes take the folder again."""
+        """Closes what is open, and lets other processes take the folder again."""
+        self.closing.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -158,6 +161,11 @@ class Run:
             number += 1
             aside = self.folder / f"results-{num_steps}-{number}.json"
         move(self.results, aside)
+
+    @property
+    def loggers(self) -> Path:
+        """Under what the loggers have begun, for a resumed run's to go on."""
+        return self.folder / LOGGERS
 
     @property
     def trial(self) -> Path:

@@ -1,24 +1,21 @@
-"""The loggers of a run, in its folder: TensorBoard, or those that were chosen. The callers decide what is logged;
-training/dashboard.py fills TensorBoard's pages."""
+"""TensorBoard's events in a run's folder. The callers decide what is logged; training/dashboard.py fills TensorBoard's
+pages, chosen.py makes other loggers."""
 
 import contextlib
 import functools
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_cifar import log
-from lit_cifar.errors import UserError
-from lit_cifar.run.folder import RUNS, Run
+from lit_cifar.run.folder import Run
 
 
 class RunLogger(TensorBoardLogger):
@@ -27,13 +24,21 @@ class RunLogger(TensorBoardLogger):
     Args:
         run: the run, which has a folder as soon as the first event is written.
         resumed_step: the step that a resumed run goes on from; TensorBoard forgets what was written for later ones.
+        place: another folder than the run's.
+        prefix: of each tag.
+        settings: the writer's others.
     """
 
-    def __init__(self, run: Run, resumed_step: int | None = None) -> None:
-        purge_step = None if resumed_step is None else resumed_step + 1
-        super().__init__("", name="", default_hp_metric=False, purge_step=purge_step)
+    def __init__(
+        self, run: Run, resumed_step: int | None = None, place: Path | None = None, prefix: str = "", **settings: Any
+    ) -> None:
+        if resumed_step is not None:
+            settings["purge_step"] = resumed_step + 1
+        super().__init__("", "", default_hp_metric=False, prefix=prefix, **settings)
         self._run = run
+        self._place = place
         self._resumed_step = resumed_step
+        self.is_resumed = resumed_step is not None and any(Path(self.log_dir).glob("events.out.tfevents.*"))
 
     @property
     @rank_zero_experiment
@@ -46,7 +51,7 @@ class RunLogger(TensorBoardLogger):
 
     @property
     def log_dir(self) -> str:
-        return str(self._run.folder) if self._run.is_claimed else ""
+        return str(self._place or self._run.folder) if self._run.is_claimed else ""
 
     @property
     def root_dir(self) -> str:
@@ -67,10 +72,11 @@ class RunLogger(TensorBoardLogger):
         if any(isinstance(value, Mapping) for value in metrics.values()):  # curves that share a chart
             super().log_metrics(dict(metrics), step)
             return
-        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        prefix = f"{self._prefix}-" if self._prefix else ""
+        values = [Summary.Value(tag=prefix + name, simple_value=float(value)) for name, value in metrics.items()]
         if step is not None and step == self._resumed_step:
             # nothing is left to train: a test that was killed after it had logged, or that is repeated
-            written = scalars_at(self._run.folder, step)
+            written = scalars_at(Path(self.log_dir), step)
             values = [value for value in values if written.get(value.tag) != value.simple_value]
         if values:
             self.experiment._get_file_writer().add_summary(Summary(value=values), step)
@@ -101,6 +107,7 @@ class _Writer(SummaryWriter):
             return self.file_writer
         probe = Path(self.log_dir, f".events.{os.getpid()}.part")
         try:
+            probe.parent.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(bytes(4096))  # more than the file begins with
         except OSError as error:
             self.lose(error)
@@ -139,37 +146,6 @@ class _NoEvents:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
-
-
-def make_loggers(chosen: Any, run: Run, resumed_step: int | None) -> list[Logger]:
-    """TensorBoard in the run's folder, or the loggers that were chosen, which save there too if no place was chosen.
-
-    Args:
-        chosen: --trainer.logger: one or several as class_path and init_args; None and True are TensorBoard, False none.
-        run: with a folder, on rank 0; the loggers of other ranks write nothing.
-        resumed_step: the step that a resumed run goes on from.
-
-    Raises:
-        UserError: a logger cannot be made.
-    """
-    if chosen in (None, True):
-        return [RunLogger(run, resumed_step)]
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--logger", type=Logger)
-    loggers = []
-    for settings in (chosen if isinstance(chosen, list) else [chosen]) if chosen else []:
-        settings = settings.clone()
-        place = settings.get("init_args.save_dir", "elsewhere")  # it may have none
-        if run.is_claimed and (place is None or Path(place).resolve() == run.root.resolve()):
-            settings.init_args.save_dir = str(run.folder)
-            if settings.init_args.get("name") == RUNS.name:  # such as csv/ in place of another lightning_logs/
-                settings.init_args.name = settings.class_path.rsplit(".", 1)[-1].removesuffix("Logger").lower()
-        try:
-            loggers.append(parser.instantiate_classes(parser.parse_object({"logger": settings})).logger)
-        except Exception as error:  # a logger raises anything where its package is missing or its server is not there
-            reason = re.sub(r"^Problem with given class_path '.*?': ", "", " ".join(str(error).split()))
-            raise UserError(f"--trainer.logger {settings.class_path} cannot be made: {reason}") from error
-    return loggers
 
 
 def scalars_at(run: Path, step: int) -> dict[str, float]:

@@ -1,15 +1,16 @@
-"""Fills TensorBoard's pages. results/pictures.py draws; model/module.py and progress.py log the scalars."""
+"""Fills TensorBoard's pages, and gives other loggers what they can take of them. results/pictures.py draws;
+model/module.py and progress.py log the scalars."""
 
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
@@ -21,6 +22,7 @@ from lit_cifar.model.kernels import shrunk
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.results import pictures
 from lit_cifar.results.report import MOST_LISTED, commit, versions
+from lit_cifar.run.chosen import attempt
 from lit_cifar.text import printable
 from lit_cifar.training.lines import write
 
@@ -29,10 +31,12 @@ CLASSES_PER_CHART = 10  # more lines cannot be told apart
 
 
 class Dashboard(Callback):
-    """Fills TensorBoard's pages, so that they tell a run's story without being configured.
+    """Fills TensorBoard's pages, so that they tell a run's story without being configured, for each TensorBoard logger
+    wherever it stands.
 
     Text and graph come at the start, pictures after each validation and after the test, then the hyperparameters with
-    the test's metrics and the table of classes. A Trainer without a TensorBoard logger gets nothing.
+    the test's metrics and the table of classes. Other loggers get the hyperparameters at the start, and text and
+    pictures if they can take them.
 
     Args:
         command: the command line that started the run.
@@ -43,16 +47,32 @@ class Dashboard(Callback):
         self._images: list[tuple[Tensor, Tensor]] = []  # of this epoch's first batches, on the device
         self._num_images = 0
         self._side: int | None = None
+        self._logs_settings: bool | None = None  # as --trainer.enable_autolog_hparams says
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._logs_settings is None:
+            self._logs_settings = trainer.enable_autolog_hparams
+        # or Lightning would log those of the module and the data module, under other names; it asks after this
+        trainer.enable_autolog_hparams = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        tensorboard = _tensorboard(trainer)
-        if tensorboard is None or trainer.ckpt_path:
-            return  # a resumed run has them
         assert isinstance(pl_module, LitClassifier)
+        for logger in _loggers(trainer):
+            if getattr(logger, "is_resumed", trainer.ckpt_path):
+                continue  # it has them
+            log_text(logger, "config", _verbatim(yaml.safe_dump(pl_module.config, sort_keys=False)))
+            log_text(logger, "run", self._origin())
+            if isinstance(logger, TensorBoardLogger):
+                self._begin(trainer, pl_module, logger)
+            elif self._logs_settings:
+                logger.log_hyperparams(hyperparameters(pl_module.config))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # first: a run that goes on from this state does not log what led to it again
+
+    def _begin(self, trainer: Trainer, pl_module: LitClassifier, tensorboard: TensorBoardLogger) -> None:
         writer = tensorboard.experiment
-        config = yaml.safe_dump(pl_module.config, sort_keys=False)
-        writer.add_text("config", _verbatim(config))
-        writer.add_text("run", self._origin())
         stages = ["val", "test"] if data_of(trainer).num_val else ["test"]
         writer.add_custom_scalars(charts(stages, pl_module.classes))
         black = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=pl_module.device)
@@ -87,24 +107,23 @@ class Dashboard(Callback):
             self._draw(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        tensorboard = _tensorboard(trainer)
-        if tensorboard is None:
-            return
         assert isinstance(pl_module, LitClassifier)
         self._draw(trainer, pl_module, "test")
-        writer = tensorboard.experiment
         report = pl_module.reports["test"]
-        writer.add_text("test/classes", _verbatim("\n".join([report.table(), *report.warnings()])), trainer.global_step)
-        # TensorBoard finds the values under these tags, where the test logged them; logger.log_hyperparams would log
-        # them once more
-        tags = dict.fromkeys(("test/accuracy", "test/loss", "test/calibration_error"), 0.0)
-        for summary in hparams(hyperparameters(pl_module.config), tags):
-            writer._get_file_writer().add_summary(summary)
-        tensorboard.save()
+        for logger in _loggers(trainer):
+            table = _verbatim("\n".join([report.table(), *report.warnings()]))
+            log_text(logger, "test/classes", table, trainer.global_step)
+            if isinstance(logger, TensorBoardLogger) and self._logs_settings:
+                # TensorBoard finds the values under these tags, where the test logged them; logger.log_hyperparams
+                # would log them once more
+                tags = dict.fromkeys(("test/accuracy", "test/loss", "test/calibration_error"), 0.0)
+                for summary in hparams(hyperparameters(pl_module.config), tags):
+                    logger.experiment._get_file_writer().add_summary(summary)
+            logger.save()
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        tensorboard = _tensorboard(trainer)
-        if tensorboard is None:
+        shows = [show for logger in _loggers(trainer) if (show := _shows(logger))]
+        if not shows:
             return
         assert isinstance(pl_module, LitClassifier)
         report = pl_module.reports[stage]
@@ -121,15 +140,44 @@ class Dashboard(Callback):
         first = next((layer for layer in pl_module.net.modules() if isinstance(layer, torch.nn.Conv2d)), None)
         if first is not None and first.weight.shape[1] == 3:
             drawn["net/filters"] = pictures.filters(first.weight)
-        for tag, picture in drawn.items():
-            tensorboard.experiment.add_image(tag, picture, trainer.global_step, dataformats="HWC")
+        for show in shows:
+            for tag, picture in drawn.items():
+                show(tag, picture, trainer.global_step)
 
 
-def _tensorboard(trainer: Trainer) -> TensorBoardLogger | None:
-    """The first TensorBoard logger of a Trainer, wherever it stands among its loggers; None on other ranks than 0."""
-    if not trainer.is_global_zero:
-        return None
-    return next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+def _loggers(trainer: Trainer) -> list[Logger]:
+    """The loggers of a Trainer; none on other ranks than 0."""
+    return trainer.loggers if trainer.is_global_zero else []
+
+
+# What a logger can take is asked of itself, so that no package has to be there: W&B's has methods for pictures and
+# text, MLflow's leaves them to its client.
+
+
+def _shows(logger: Any) -> Callable[[str, pictures.Picture, int], object] | None:
+    """What shows a picture (H, W, 3) uint8 under a tag, at a step; None if the logger takes none."""
+    if isinstance(logger, TensorBoardLogger):
+        return lambda tag, picture, step: logger.experiment.add_image(tag, picture, step, dataformats="HWC")
+    if callable(getattr(logger, "log_image", None)):
+        return lambda tag, picture, step: logger.log_image(tag, [picture], step)
+    if show := _of_client(logger, "log_image"):
+        return lambda tag, picture, step: attempt(logger, show, logger.run_id, picture, key=tag, step=step)
+    return None
+
+
+def log_text(logger: Any, tag: str, markdown: str, step: int = 0) -> None:
+    """Gives a logger a text in Markdown, if it takes text."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text(tag, markdown, step)
+    elif callable(getattr(logger, "log_text", None)):
+        logger.log_text(tag, columns=["text"], data=[[markdown]], step=step)
+    elif log := _of_client(logger, "log_text"):
+        attempt(logger, log, logger.run_id, markdown, f"{tag}.md")
+
+
+def _of_client(logger: Any, name: str) -> Callable[..., object] | None:
+    method = getattr(getattr(logger, "experiment", None), name, None)
+    return method if callable(method) and hasattr(logger, "run_id") else None
 
 
 def _verbatim(lines: str) -> str:
@@ -167,7 +215,7 @@ def charts(stages: Sequence[str], classes: Sequence[str]) -> dict[str, dict[str,
 
 
 def hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
-    """The settings that decide a run's result, by short name, for TensorBoard's HParams page."""
+    """The settings that decide a run's result, by short name, for all loggers."""
     model, data, trainer = (config.get(section, {}) for section in ("model", "data", "trainer"))
     chosen = {
         "net": model.get("net", {}).get("class_path", "").rsplit(".", 1)[-1],
