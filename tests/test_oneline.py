@@ -64,7 +64,6 @@ def has_begun() -> bool:
     ("callback", "words"),
     [
         ({"EarlyStopping": {"monitor": "nothing"}}, ["EarlyStopping: nothing", "val/accuracy, val/loss"]),
-        ({"EarlyStopping": {"monitor": "train/loss"}}, ["EarlyStopping: train/loss", "val/loss"]),
         ({"ModelCheckpoint": {"monitor": "nothing"}}, ["ModelCheckpoint: nothing", "val/loss"]),
         ({"EarlyStopping": {"monitor": "val/loss", "mode": "up"}}, ["EarlyStopping", "min, max, got up"]),
         ({"Timer": {"duration": "00:00:00"}}, ["Timer", "00:00:00"]),

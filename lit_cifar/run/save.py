@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     Callback,
     Checkpoint,
     ModelCheckpoint,
@@ -145,6 +146,12 @@ class Checkpoints(Checkpoint):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelPruning) and trainer.current_epoch:
                 restore_masks(callback)
+            if isinstance(callback, BaseFinetuning) and trainer.global_step:
+                # it froze what it begins with; what is trained by now is in the optimiser's groups
+                groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+                trained = {weight for weights in groups for weight in weights}
+                leaves = [module for module in pl_module.modules() if trained.intersection(module._parameters.values())]
+                callback.make_trainable(leaves)
         self._agreement = Agreement()
         self._saved_at = time.monotonic()
         self._saved_step = self._seen_step = trainer.global_step
