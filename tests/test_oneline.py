@@ -101,7 +101,6 @@ def _skip_where_there_is(package: str) -> None:
     [
         ("--trainer.callbacks DeviceStatsMonitor", ["the callback DeviceStatsMonitor", "pip install -U 'psutil'"]),
         ("--trainer.callbacks LearningRateMonitor --trainer.logger false", ["LearningRateMonitor", "no logger"]),
-        ("--trainer.callbacks BackboneFinetuning", ["the callback BackboneFinetuning", "backbone"]),
         ("--trainer.logger CSVLogger --trainer.logger.save_dir /dev/null/x", ["the logger CSVLogger", "/dev/null/x"]),
         ("--trainer.val_check_interval 1000000", ["the Trainer", "1000000"]),
     ],
