@@ -96,6 +96,15 @@ def assert_same(ours: dict[str, dict[str, torch.Tensor]], theirs: dict[str, dict
         assert all(torch.equal(tensor, theirs[state][name]) for name, tensor in tensors.items()), state
 
 
+def run(command: Any, args: list[str]) -> None:
+    """Runs a command, and leaves the group of processes that it was in, as its process would at its end."""
+    try:
+        command.main(args)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def check_road(
     settings: dict[str, Any], flags: list[str], ages: tuple[int, ...], more: list[str] | None = None
 ) -> None:
@@ -104,22 +113,22 @@ def check_road(
     The trained run and each of those that go on from a state end with the same bits.
     """
     Path("run.yaml").write_text(yaml.safe_dump({"trainer": settings}))
-    lit_cifar.fit.main([*FEW, *STATES, "--max_epochs", "3", *flags, "--config", "run.yaml"])
-    run, trust = results("version_0"), ["--trust", "true"]
+    run(lit_cifar.fit, [*FEW, *STATES, "--max_epochs", "3", *flags, "--config", "run.yaml"])
+    found, trust = results("version_0"), ["--trust", "true"]
     precision = ["--precision", settings["precision"]] if "precision" in settings else []
-    state = str(FOLDER / "checkpoints" / f"{run['checkpoint']}.ckpt")
-    lit_cifar.test.main(["--ckpt_path", state, "--output", "test.json", *precision])
-    assert json.loads(Path("test.json").read_text())["confusion_matrix"] == run["confusion_matrix"]
+    state = str(FOLDER / "checkpoints" / f"{found['checkpoint']}.ckpt")
+    run(lit_cifar.test, ["--ckpt_path", state, "--output", "test.json", *precision])
+    assert json.loads(Path("test.json").read_text())["confusion_matrix"] == found["confusion_matrix"]
     for age in ages:
         shutil.copytree(FOLDER, f"of_{age}")
         shutil.move(f"of_{age}/checkpoints/last-{age}.ckpt", f"of_{age}/checkpoints/last.ckpt")
-        lit_cifar.fit.main(["--resume", f"of_{age}", *trust])
+        run(lit_cifar.fit, ["--resume", f"of_{age}", *trust])
         assert_same(ends(FOLDER), ends(Path(f"of_{age}")))
         again = results(Path(f"of_{age}").resolve())
-        assert all(again[key] == run[key] for key in ("confusion_matrix", "num_steps", "checkpoint"))
+        assert all(again[key] == found[key] for key in ("confusion_matrix", "num_steps", "checkpoint"))
     for one in more or []:
-        lit_cifar.fit.main(["--resume", str(FOLDER), "--max_epochs", one, *trust])
-        assert results("version_0")["num_steps"] > run["num_steps"]
+        run(lit_cifar.fit, ["--resume", str(FOLDER), "--max_epochs", one, *trust])
+        assert results("version_0")["num_steps"] > found["num_steps"]
 
 
 # ---- callbacks ----
