@@ -108,6 +108,8 @@ def train(command: CLI, started: float) -> dict[str, float]:
             command.checkpoints.stopped = True
             if trainer.is_global_zero:
                 log.tell("a callback has ended this run: to train longer, choose more --max_epochs or other callbacks")
+        # ModelCheckpoint says it of a run that goes on
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     path = command.state.path if command.state else None
     command.state = None  # its tensors are as large as the net's
     gc.freeze()  # what is imported stays: searching it for garbage took 0.2 s before an epoch of 12,500 steps
@@ -135,6 +137,8 @@ def finish(command: CLI, started: float, seconds: dict[str, float]) -> None:
         tested = "best" if data.num_val and checkpoints.has_best(trainer) else "last"
         if tested == "last" and checkpoints.has_final(trainer):
             tested = "final"
+        elif tested == "last" and not run.checkpoint("last").is_file():
+            tested = None  # no step was taken
     path = run.checkpoint(tested) if run and tested in ("best", "final") else None  # the last state is in memory
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging):

@@ -70,7 +70,6 @@ def has_begun() -> bool:
     ("callback", "words"),
     [
         ({"EarlyStopping": {"monitor": "nothing"}}, ["EarlyStopping: nothing", "val/accuracy, val/loss"]),
-        ({"EarlyStopping": {"monitor": "train/loss"}}, ["EarlyStopping: train/loss", "val/loss"]),
         ({"ModelCheckpoint": {"monitor": "nothing"}}, ["ModelCheckpoint: nothing", "val/loss"]),
         ({"EarlyStopping": {"monitor": "val/loss", "mode": "up"}}, ["EarlyStopping", "min, max, got up"]),
         ({"Timer": {"duration": "00:00:00"}}, ["Timer", "00:00:00"]),
@@ -108,7 +107,6 @@ def _skip_where_there_is(package: str) -> None:
     [
         ("--trainer.callbacks DeviceStatsMonitor", ["the callback DeviceStatsMonitor", "pip install -U 'psutil'"]),
         ("--trainer.callbacks LearningRateMonitor --trainer.logger false", ["LearningRateMonitor", "no logger"]),
-        ("--trainer.callbacks BackboneFinetuning", ["the callback BackboneFinetuning", "backbone"]),
         ("--trainer.val_check_interval 1000000", ["the Trainer", "1000000"]),
     ],
 )

@@ -45,6 +45,8 @@ WAYS_OUT = {
     ),
     r"labels should be index": "it takes whole batches, and --data.transform gives it single images: leave it out",
     r"does not have a deterministic implementation": "add --trainer.deterministic warn, or leave it out",
+    r"Training spike": "go on from the last state with --resume and a smaller --lr, or give it a larger rtol",
+    r"zip\(\) argument 2 is shorter": "it does not know groups that a callback adds: use --model.schedule constant",
     r"pip install|HINT": "install what is missing, or leave it out",
 }
 PARTS = (

@@ -6,14 +6,23 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+)
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.save import Checkpoints
+from lit_cifar.run.write import DurableCheckpointIO
 from lit_cifar.text import printable
 
 LARGEST_SEED = 2**32 - 1  # of numpy's
@@ -46,6 +55,11 @@ def check_ranges(settings: Any) -> None:
     Raises:
         UserError: one is out of range, or two contradict each other.
     """
+    if settings["barebones"]:
+        raise UserError(
+            "--trainer.barebones true leaves out the states and figures that a run consists of: leave it out; bench "
+            "measures recipes"
+        )
     for name, smallest in SMALLEST.items():
         value = settings[name]
         if isinstance(value, (int, float)) and not value >= smallest:  # times are texts
@@ -101,6 +115,26 @@ def check_bars(settings: Any, callbacks: list[Any]) -> bool:
     return bool(bars)
 
 
+def with_writer(plugins: list[Any]) -> list[Any]:
+    """The Trainer's plugins with the one that writes states, alone or within AsyncCheckpointIO.
+
+    Raises:
+        UserError: another one is to write them, which may leave half a state.
+    """
+    writer: Any = next((plugin for plugin in plugins if isinstance(plugin, CheckpointIO)), None)
+    if writer is None:
+        return [*plugins, DurableCheckpointIO()]
+    while isinstance(writer, AsyncCheckpointIO):
+        writer.checkpoint_io = DurableCheckpointIO()  # which keeps what it has
+        writer = writer.checkpoint_io
+    if not isinstance(writer, DurableCheckpointIO):
+        raise UserError(
+            f"--trainer.plugins: {type(writer).__name__} may leave half a state where a run is killed: leave it out, "
+            "or make it a subclass of lit_cifar.run.write.DurableCheckpointIO"
+        )
+    return plugins
+
+
 def check_launcher(trainer: Trainer, strategy: Any) -> None:
     """Checks that the processes of a strategy, if there are several, begin like this one.
 
@@ -123,8 +157,9 @@ def check_training(trainer: Trainer, module: LitClassifier, data: CIFAR10DataMod
     num_ranks = 1 if trainer.strategy.root_device.type == "cuda" else trainer.world_size
     sizes = {batches.num_in_batch(batch) for batch in (0, max(0, len(batches) - 1))}
     module.check_training({share for size in sizes for share in (size // num_ranks, -(-size // num_ranks))})
+    check_callbacks(trainer, module)
     validates = bool(data.num_val and trainer.limit_val_batches)
-    check_monitors(trainer, data.classes, validates)
+    check_monitors(trainer, module, data.classes, validates)
 
 
 def check_limits(trainer: Trainer, num_batches: dict[str, int]) -> None:
@@ -138,19 +173,43 @@ def check_limits(trainer: Trainer, num_batches: dict[str, int]) -> None:
         UserError: a share is less than a batch.
     """
     for stage, num in num_batches.items():
-        limit = getattr(trainer, f"limit_{stage}_batches")
+        name = f"limit_{stage}_batches"
+        limit = getattr(trainer, name)
+        if trainer.overfit_batches and stage != "test":  # type: ignore[attr-defined]
+            name = "overfit_batches"  # which sets the limits
         if isinstance(limit, float) and 0 < limit * num < 1:
             raise UserError(
-                f"--trainer.limit_{stage}_batches {limit} of {num} batches is no batch: choose {1 / num:.3g} or more, "
+                f"--trainer.{name} {limit} of {num} batches is no batch: choose {1 / num:.3g} or more, "
                 "or a whole number of batches"
             )
 
 
-def check_monitors(trainer: Trainer, classes: tuple[str, ...], validates: bool) -> None:
+def check_callbacks(trainer: Trainer, module: LitClassifier) -> None:
+    """Checks that the module has what callbacks of Lightning's change in it.
+
+    Raises:
+        UserError: it has not, or what they leave could not be loaded again.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelPruning) and not callback._make_pruning_permanent:
+            raise UserError(
+                "the callback ModelPruning: states with make_pruning_permanent false fit no net again: leave it out"
+            )
+        if isinstance(callback, BackboneFinetuning) and not hasattr(module, "backbone"):
+            raise UserError(
+                f"the callback BackboneFinetuning: {type(module).__name__} has no backbone: train a class of your own "
+                "that has one, or a subclass of BaseFinetuning"
+            )
+        if type(callback) is BaseFinetuning:
+            raise UserError("the callback BaseFinetuning does nothing by itself: make it a subclass that does")
+
+
+def check_monitors(trainer: Trainer, module: LitClassifier, classes: tuple[str, ...], validates: bool) -> None:
     """Checks that what callbacks watch will be there; where somebody's own code may log it, nothing is known.
 
     Args:
         trainer: with all its callbacks.
+        module: whose learning rates they may watch.
         classes: names of the classes.
         validates: whether there are validation images.
 
@@ -161,18 +220,21 @@ def check_monitors(trainer: Trainer, classes: tuple[str, ...], validates: bool) 
     packages = {type(callback).__module__.split(".")[0] for callback in callbacks}
     if not packages <= {"lightning", "lit_cifar"} or any(isinstance(one, LearningRateMonitor) for one in callbacks):
         return
-    names = ["val/accuracy", "val/loss", "val/calibration_error", *(f"val/accuracy/{name}" for name in classes)]
-    names = names if validates else []
+    if type(module) is not LitClassifier:
+        return
+    of_training = ["train/loss", "train/gradient_norm", *(f"lr/{group['name']}" for group in module.settings())]
+    of_validation = ["val/accuracy", "val/loss", "val/calibration_error", *(f"val/accuracy/{name}" for name in classes)]
+    of_validation = of_validation if validates else []
     for callback in callbacks:
         watched = getattr(callback, "monitor", None)
         watches = (isinstance(callback, EarlyStopping) and callback.strict) or isinstance(callback, ModelCheckpoint)
         watches = watches or (isinstance(callback, Checkpoints) and validates)
+        ours = isinstance(callback, Checkpoints)
+        names = of_validation if ours else [*of_training, *of_validation]
         if not watches or watched is None or watched in names:
             continue
-        who = (
-            "--checkpoint.monitor" if isinstance(callback, Checkpoints) else f"the callback {type(callback).__name__}:"
-        )
-        if not names:
+        who = "--checkpoint.monitor" if ours else f"the callback {type(callback).__name__}:"
+        if not validates and str(watched).startswith("val"):
             raise UserError(f"{who} there is no {watched} without validation: add --data.num_val 5000")
         shown = ", ".join(map(printable, names[:NUM_NAMES])) + (", ..." if len(names) > NUM_NAMES else "")
-        raise UserError(f"{who} {watched} is not among the values of a validation: choose one of {shown}")
+        raise UserError(f"{who} {watched} is not among the values that are logged: choose one of {shown}")

@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import SpikeDetection
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -32,7 +33,6 @@ from lit_cifar.run.chosen import make_loggers
 from lit_cifar.run.folder import Run
 from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.save import Checkpoints, OpenRun
-from lit_cifar.run.write import DurableCheckpointIO
 from lit_cifar.training import loop
 from lit_cifar.training.dashboard import Dashboard
 from lit_cifar.training.lines import ProgressBar
@@ -262,7 +262,7 @@ class CLI(LightningCLI):
             overrides["callbacks"].append(SlowRank())
         if overrides.get("enable_progress_bar", config["enable_progress_bar"]) and not has_bar:
             overrides["callbacks"].append(ProgressBar())
-        overrides["plugins"] = [*_as_list(config["plugins"]), DurableCheckpointIO()]
+        overrides["plugins"] = checks.with_writer(_as_list(config["plugins"]))
         slurm = None
         if not any(isinstance(plugin, ClusterEnvironment) for plugin in overrides["plugins"]):
             slurm = machine.slurm_environment()
@@ -287,6 +287,12 @@ class CLI(LightningCLI):
                 f"{error.args[0]} is not in the environment, which looks like Slurm's or torchrun's: start the command "
                 "with srun or torchrun, or unset their variables"
             ) from error
+        # a command says itself which state it starts from: Lightning would look for what an OnExceptionCheckpoint left
+        trainer._checkpoint_connector._parse_ckpt_path = lambda stage, path, **_: path  # type: ignore[method-assign]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SpikeDetection):
+                # Lightning 2.6 restores by another name what it saved
+                callback.running = callback.running_mean  # type: ignore[attr-defined]
         checks.check_launcher(trainer, config["strategy"])
         if slurm:
             machine.check_allocation(slurm, trainer)

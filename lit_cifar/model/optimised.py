@@ -94,7 +94,7 @@ class OptimisedModule(LightningModule):
         for scheduler in schedulers:
             scheduler.base_lrs = [setting["lr"] for setting in settings]
             factor = self._lr_factor(scheduler.last_epoch)
-        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        for group, setting in zip(optimizer.param_groups, settings, strict=False):  # a callback may have added some
             group.update({**setting, "lr": setting["lr"] * factor})
             if schedulers:
                 group["initial_lr"] = setting["lr"]

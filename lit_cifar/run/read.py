@@ -21,7 +21,8 @@ from lit_cifar.run.folder import CHECKPOINTS, RUNS, run_version
 from lit_cifar.run.trust import is_plain
 
 MAX_PICKLE_BYTES = 2**22  # of a checkpoint, without its tensors; a small run's is 10 to 100 kB
-RUNNING_LOSS = {"logged": [0.0, 0], "printed": [0.0, 0]}  # states are compared with this: sums and counts,
+# what states are compared with: sums and counts,
+RUNNING_LOSS = {window: [0.0, 0] for window in ("logged", "printed", "epoch")}
 GPU_RANDOM_STATE = torch.zeros(16, dtype=torch.uint8)  # and with torch.cuda's
 
 
@@ -187,6 +188,7 @@ def _is_ours(checkpoint: Any) -> bool:
     if not all(isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in weights.items()):
         return False
     classes, config = ours.get("classes", []), ours.get("config") or {}
+    running = checkpoint.get("running_loss", {})
     return (
         isinstance(classes, list)
         and all(isinstance(name, str) for name in classes)
@@ -196,7 +198,8 @@ def _is_ours(checkpoint: Any) -> bool:
         and is_plain(checkpoint, (torch.Tensor, tuple))
         and _is_version(checkpoint.get("pytorch-lightning_version"))
         and _are_states_of_callbacks(checkpoint.get("callbacks", {}))
-        and first_mismatch(checkpoint.get("running_loss", RUNNING_LOSS), RUNNING_LOSS) is None
+        and isinstance(running, dict)
+        and first_mismatch({**RUNNING_LOSS, **running}, RUNNING_LOSS) is None  # version 0.1.0 counted less
     )
 
 

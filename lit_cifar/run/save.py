@@ -3,6 +3,7 @@ stops."""
 
 import contextlib
 import math
+import re
 import signal
 import threading
 import time
@@ -11,7 +12,15 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    Callback,
+    Checkpoint,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_cifar import clock, log
@@ -20,7 +29,9 @@ from lit_cifar.files import write_durably, writing
 from lit_cifar.run.folder import Run
 from lit_cifar.run.read import read_checkpoint
 from lit_cifar.run.stop import STOP_SIGNALS, Agreement, Stopped
-from lit_cifar.run.write import get_random_state, keep, set_random_state, way_out
+from lit_cifar.run.write import get_random_state, keep, restore_masks, set_random_state, way_out
+
+OWN_NAME = re.compile(r"(last|best|final)(-\d+)?\.ckpt")  # of files that Checkpoints writes
 
 
 class OpenRun(Callback):
@@ -39,6 +50,12 @@ class OpenRun(Callback):
         folder = str(self.run.folder) if trainer.is_global_zero else ""
         self.run.adopt(*trainer.strategy.broadcast((folder, self.run.identity)))
         trainer._default_root_dir = str(self.run.folder)  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            name = f"{getattr(callback, 'filename', None)}.ckpt"
+            if isinstance(callback, ModelCheckpoint) and (callback.save_last or OWN_NAME.fullmatch(name)):
+                callback.dirpath = callback.dirpath or str(self.run.checkpoint("last").with_name("ModelCheckpoint"))
+        if isinstance(trainer.precision_plugin, DoublePrecision):
+            pl_module.double()  # Lightning does so when it has read a state, half of whose digits are gone then
         if trainer.is_global_zero and stage == "fit":
             with writing(self.run.config, "choose another place with --trainer.default_root_dir"):
                 write_durably(self.run.config, self.config.encode())
@@ -126,6 +143,15 @@ class Checkpoints(Checkpoint):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, StochasticWeightAveraging):
                     callback.on_train_epoch_start(trainer, pl_module)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelPruning) and trainer.current_epoch:
+                restore_masks(callback)
+            if isinstance(callback, BaseFinetuning) and trainer.global_step:
+                # it froze what it begins with; what is trained by now is in the optimiser's groups
+                groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+                trained = {weight for weights in groups for weight in weights}
+                leaves = [module for module in pl_module.modules() if trained.intersection(module._parameters.values())]
+                callback.make_trainable(leaves)
         self._agreement = Agreement()
         self._saved_at = time.monotonic()
         self._saved_step = self._seen_step = trainer.global_step
@@ -186,6 +212,7 @@ class Checkpoints(Checkpoint):
         return self._agreement.ask(self._signal is not None, due, wait=wait)
 
     def _stop(self, trainer: Trainer) -> None:
+        _wait_for_saves(trainer)
         name = signal.Signals(self._signal).name if self._signal else "a signal to another rank"
         way_on = f"; go on with --resume {self.run.checkpoint('last')}" if self.run else ""
         raise Stopped(f"stopped by {name} after step {trainer.global_step}{way_on}")
@@ -198,6 +225,7 @@ class Checkpoints(Checkpoint):
             self._save(trainer, "last")
         if not self._saved_weights:
             return
+        _wait_for_saves(trainer)
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             return  # others give a rank parts of the weights
         changed = trainer.is_global_zero and _versions(pl_module) != self._saved_weights
@@ -224,6 +252,7 @@ class Checkpoints(Checkpoint):
 
         It may be of another run, or of states that were given up for an earlier one.
         """
+        _wait_for_saves(trainer)
         return bool(trainer.strategy.broadcast(trainer.is_global_zero and self._is_best_ours()))
 
     def _is_best_ours(self) -> bool:
@@ -259,6 +288,7 @@ class Checkpoints(Checkpoint):
             return
         path = self.run.checkpoint(name)
         with clock.timed("save", trainer.strategy.root_device):
+            _wait_for_saves(trainer)
             if name == "last":
                 if trainer.is_global_zero:
                     with writing(path, way_out(path)):
@@ -312,6 +342,11 @@ def _is_over(trainer: Trainer) -> bool:
     return _is_ended(trainer) or (
         trainer.global_step == trainer.max_steps or loop.epoch_progress.current.processed == loop.max_epochs
     )
+
+
+def _wait_for_saves(trainer: Trainer) -> None:
+    """Returns when what was saved is on the disk, which AsyncCheckpointIO puts there meanwhile."""
+    trainer.strategy.checkpoint_io.teardown()
 
 
 def _versions(module: LightningModule) -> list[tuple[int, int]]:

@@ -1,5 +1,5 @@
-"""Writes a state as a file, whole or not at all, and keeps the states before it; the random state, which is part of it.
-save.py says when, read.py reads it."""
+"""Writes a state as a file, whole or not at all, and keeps the states before it; the random state and what
+was pruned, which belong to it. save.py says when, read.py reads it."""
 
 import contextlib
 import os
@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lit_cifar.errors import UserError
@@ -108,3 +110,16 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
     if "mps" in state and torch.backends.mps.is_available() and len(state["mps"]) == len(torch.mps.get_rng_state()):
         torch.mps.set_rng_state(state["mps"])
+
+
+def restore_masks(callback: ModelPruning) -> None:
+    """Keeps zero what was pruned before a state was saved, which holds no masks."""
+    masks = [getattr(module, name) != 0 for module, name in callback._parameters_to_prune]
+    if all(mask.all() for mask in masks):
+        return  # nothing was pruned yet
+    for (module, name), mask in zip(callback._parameters_to_prune, masks, strict=True):
+        prune.custom_from_mask(module, name, mask)
+    for layer in (callback._original_layers or {}).values():
+        for index, name in layer["names"]:
+            # Lightning resets weights to this layer's at the first pruning, and has the layer trained from then on
+            getattr(layer["data"], name).data = getattr(callback._parameters_to_prune[index][0], f"{name}_orig").data

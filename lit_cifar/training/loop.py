@@ -29,6 +29,8 @@ HOOKS = ("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "o
 
 def install(trainer: Trainer) -> None:
     """Gives a Trainer this loop, where Lightning's version is known."""
+    # asked where a run goes on: with max_steps Lightning takes an epoch's end for the middle of that epoch
+    trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
     if lightning.__version__.startswith(KNOWN_VERSIONS):
         trainer.fit_loop.epoch_loop = LeanEpochLoop(trainer, trainer.min_steps, trainer.max_steps)
     else:
@@ -107,7 +109,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
     @calls_chosen("in training")
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """Takes one step; raises StopIteration when there are no more batches."""
-        if self._obstacle or self.restarting:
+        if self._obstacle or self.restarting or self.trainer.accumulate_grad_batches != 1:
             super().advance(data_fetcher)
             return
         trainer: Any = self.trainer

@@ -31,6 +31,10 @@ class Progress(Callback):
     with, and the gradient norm is that of its gradients, clipped where they are. Times leave out validation and what
     else happens between two epochs.
 
+    Callbacks find in `trainer.callback_metrics` what Lightning's own `log(on_step=True, on_epoch=True)` leaves there:
+    `train/loss` is the newest step's, and from the last step of an epoch on the mean over that epoch; `lr/GROUP` and
+    `train/gradient_norm` are those last logged. A module whose training_step gives no loss has none.
+
     Args:
         every_n_steps: steps of an epoch between two printed lines; shorter epochs print one at their end.
     """
@@ -43,7 +47,10 @@ class Progress(Callback):
         self._losses: list[Tensor] = []  # of the steps since they were summed, on the device
         self._logged = [0.0, 0]  # sum and count since the last time, summed over ranks, in float64
         self._printed = [0.0, 0]
+        self._of_epoch = [0.0, 0]
         self._logged_step = 0
+        self._metrics: dict[str, Tensor] = {}  # trainer.callback_metrics
+        self._shares = False  # whether a callback watches the loss of each step, which has a part on each rank
         self._speeds = {"logged": Speed(), "printed": Speed()}
         self._rates: list[float] = []  # of the parameter groups in the newest step; after it the scheduler moves them
         self._watch = Watch()
@@ -54,6 +61,10 @@ class Progress(Callback):
         self._logged_step = trainer.global_step
         self._speeds = {"logged": Speed(), "printed": Speed()}
         self._watch = Watch()
+        self._metrics, self._rates = trainer.callback_metrics, _rates(trainer)
+        watched = {getattr(callback, "monitor", None) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        self._shares = trainer.world_size > 1 and "train/loss" in watched
+        self._publish(named_rates(trainer, self._rates))
         if trainer.is_global_zero:
             num_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
             folder = f"; run folder {self.run.folder}" if self.run else ""
@@ -75,7 +86,7 @@ class Progress(Callback):
         clock.start("steps")
         for speed in self._speeds.values():
             speed.resume()
-        self._rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        self._rates = _rates(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause(trainer)
@@ -110,7 +121,13 @@ class Progress(Callback):
             clock.wait_for(trainer.strategy.root_device)
             clock.note("first_step", time.perf_counter() - self.train_started)
             self._stepped = True
-        self._losses.append(outputs["loss"])
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs  # of a module's own training_step
+        if loss is not None:
+            loss = loss.detach() if loss.requires_grad else loss
+            self._losses.append(loss)
+            loss = trainer.strategy.reduce(loss.clone(), reduce_op="mean") if self._shares else loss
+            factor = trainer.accumulate_grad_batches  # by which Lightning has divided it
+            self._metrics["train/loss"] = loss if factor == 1 else loss * factor
         for speed in self._speeds.values():
             speed.count()
         step_in_epoch, num_steps = batch_idx + 1, int(trainer.num_training_batches)
@@ -122,6 +139,9 @@ class Progress(Callback):
             self._collect(trainer, batch_idx)
         if logs:
             self._log(trainer, pl_module)
+        if trainer.is_last_batch and self._of_epoch[1]:
+            self._publish({"train/loss": self._of_epoch[0] / self._of_epoch[1]})
+            self._of_epoch = [0.0, 0]
         if prints:
             self._print(trainer, pl_module, batch_idx)
 
@@ -136,7 +156,7 @@ class Progress(Callback):
         total *= trainer.accumulate_grad_batches
         if not math.isfinite(total):
             self._stop(trainer, losses, batch_idx)
-        for window in (self._logged, self._printed):
+        for window in (self._logged, self._printed, self._of_epoch):
             window[0] += total
             window[1] += len(losses)
 
@@ -163,12 +183,12 @@ class Progress(Callback):
     @calls_chosen("when figures were logged")
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         num_steps, self._logged_step = trainer.global_step - self._logged_step, trainer.global_step
-        metrics = {"train/loss": self._logged[0] / self._logged[1]}
-        self._logged = [0.0, 0]
+        metrics = {"train/loss": self._logged[0] / self._logged[1]} if self._logged[1] else {}
+        self._logged, figures = [0.0, 0], named_rates(trainer, self._rates)
         if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):  # others give a rank parts of gradients
-            metrics["train/gradient_norm"] = self._gradient_norm(trainer, pl_module)
-        for group, rate in zip(trainer.optimizers[0].param_groups, self._rates, strict=True):
-            metrics[f"lr/{group['name']}"] = rate
+            figures["train/gradient_norm"] = self._gradient_norm(trainer, pl_module)
+        self._publish(figures)
+        metrics |= figures
         pace = self._speeds["logged"].read(waited_seconds(trainer))
         batches_per_step = pace.num_batches / num_steps
         metrics |= pace.figures(data_of(trainer).batch_size, batches_per_step)
@@ -180,6 +200,9 @@ class Progress(Callback):
         if trainer.is_global_zero:
             for warning in self._watch.figures(trainer, pl_module, metrics, batches_per_step, self.run):
                 warn(trainer, warning)
+
+    def _publish(self, figures: dict[str, float]) -> None:
+        self._metrics.update({name: torch.tensor(value) for name, value in figures.items()})
 
     def _gradient_norm(self, trainer: Trainer, pl_module: LightningModule) -> float:
         gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
@@ -194,7 +217,7 @@ class Progress(Callback):
 
     def _print(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         assert isinstance(pl_module, LitClassifier)
-        loss = pl_module.running_loss = self._printed[0] / self._printed[1]
+        loss = pl_module.running_loss = self._printed[0] / self._printed[1] if self._printed[1] else None
         self._printed = [0.0, 0]
         pace = self._speeds["printed"].read(waited_seconds(trainer))
         speed = pl_module.images_per_second = pace.images_per_second(data_of(trainer).batch_size)
@@ -204,7 +227,7 @@ class Progress(Callback):
             parts = [
                 f"epoch {trainer.current_epoch + 1}",
                 f"step {step} of {num_steps}",
-                f"loss {loss:.3f}",
+                "" if loss is None else f"loss {loss:.3f}",
                 f"{speed:,.0f} images/s",
                 time_left(trainer, pace.seconds_per_batch),
             ]
@@ -213,8 +236,24 @@ class Progress(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # called on every rank: what is on the devices is summed, so that a resumed run's means are those of the whole
         self._collect(trainer, trainer.fit_loop.epoch_loop.batch_idx)
-        checkpoint["running_loss"] = {"logged": self._logged, "printed": self._printed}
+        checkpoint["running_loss"] = {"logged": self._logged, "printed": self._printed, "epoch": self._of_epoch}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get("running_loss", {"logged": [0.0, 0], "printed": [0.0, 0]})
-        self._logged, self._printed = list(state["logged"]), list(state["printed"])
+        state = checkpoint.get("running_loss", {})
+        windows = (list(state.get(key, (0.0, 0))) for key in ("logged", "printed", "epoch"))
+        self._logged, self._printed, self._of_epoch = windows
+
+
+def _rates(trainer: Trainer) -> list[float]:
+    return [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+
+
+def named_rates(trainer: Trainer, rates: list[float]) -> dict[str, float]:
+    """Learning rates as lr/NAME, by the group's name, else by the optimiser's class; numbered where names repeat."""
+    named: dict[str, float] = {}
+    groups = [(optimizer, group) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    for (optimizer, group), rate in zip(groups, rates, strict=False):  # a callback may have added a group
+        name = f"lr/{group.get('name') or type(optimizer).__name__}"
+        num_before = sum(key == name or key.startswith(f"{name}-") for key in named)
+        named[f"{name}-{num_before}" if num_before else name] = float(rate)
+    return named

@@ -51,7 +51,8 @@ class Watch:
         """
         assert isinstance(pl_module, LitClassifier)
         step, loader = trainer.global_step, trainer.train_dataloader
-        found = [self.loss(step, metrics["train/loss"], len(pl_module.classes))]
+        loss = metrics.get("train/loss", 0.0)  # of a module's own training_step there may be none
+        found = [self.loss(step, loss, len(pl_module.classes))]
         if isinstance(loader, DeviceLoader) and "speed/step_ms" in metrics:
             wait_ms = metrics["speed/data_wait_ms"] * batches_per_step
             num_cores = os.cpu_count() or 1
