@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_cifar import clock
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
@@ -116,7 +115,8 @@ class LitClassifier(SavedModule):
         if type(self).__init__ is LitClassifier.__init__:  # a subclass saves what its own takes
             self.save_hyperparameters({**settings, "net": type(net).__name__})
         self._intake = Intake()
-        self._logs_loss = False
+        self._logs_loss = False  # where no callback does
+        self._loss: Tensor | None = None  # of the newest step
         self._returned: list[dict[str, Any]] = []  # what the Trainer will return of this evaluation
 
     @calls_chosen("on images")
@@ -160,7 +160,10 @@ class LitClassifier(SavedModule):
         self._intake = Intake()
         self.set_classes(data_of(trainer).classes)
         callbacks = getattr(trainer, "callbacks", ())
-        self._logs_loss = stage == "fit" and not any(getattr(callback, "logs_loss", False) for callback in callbacks)
+        self._loss, self._logs_loss = (
+            None,
+            stage == "fit" and not any(getattr(callback, "logs_loss", False) for callback in callbacks),
+        )
         self.share_loggers()
         if stage == "fit" and "trainer" not in self.config:
             self.describe_net()  # before a strategy takes it into parts
@@ -202,13 +205,7 @@ class LitClassifier(SavedModule):
         They are equal on all ranks then, so that DDP need not broadcast them before each forward pass. Norms of a class
         that computes in its own way stay as they are.
         """
-        for parent in list(self.modules()):
-            for name, norm in parent.named_children():
-                if isinstance(norm, _BatchNorm) and type(norm).forward is _BatchNorm.forward:
-                    setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
-        for path, norm in self.named_modules():
-            if isinstance(norm, nn.SyncBatchNorm) and norm.process_group is None:  # of all ranks
-                self._ddp_params_and_buffers_to_ignore += [f"{path}.{name}" for name, _ in norm.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore += kernels.synchronise_norms(self)
 
     def set_classes(self, classes: tuple[str, ...]) -> None:
         """Names the K classes; called again with the same ones it changes nothing.
@@ -250,8 +247,13 @@ class LitClassifier(SavedModule):
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
             loss = loss / self._mean_share(labels, batch_idx)
         if self._logs_loss:
-            self.log("train/loss", loss, sync_dist=True)
+            self._loss = loss.detach()
         return loss
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Logs the loss, unless a subclass did in its training step. The lean loop calls no hooks of the module."""
+        if self._loss is not None and "training_step.train/loss" not in (self.trainer._results or {}):
+            self.log("train/loss", self._loss, sync_dist=True)
 
     def side(self) -> int | None:
         """Side in pixels that this step's images are shrunk to; None: none."""
@@ -354,4 +356,5 @@ class LitClassifier(SavedModule):
 
 def _stage(trainer: Any) -> str:
     """'train', 'validate', 'test', ... where the Trainer is; '' outside of one."""
-    return str(getattr(getattr(trainer, "state", None), "stage", None) or "")
+    stage = getattr(getattr(trainer, "state", None), "stage", None)
+    return str(stage.value) if stage else ""

@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
+from numbers import Integral, Real
 from typing import Any, Self
 
 import torch
@@ -25,10 +26,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
-    for kind in (bool, int, float, str):  # also of the parser's own types
-        if isinstance(value, kind):
-            return kind(value)
-    return None
+    kinds: list[tuple[Any, Any]] = [(bool, bool), (Integral, int), (Real, float), (str, str)]  # NumPy's types too
+    return next((made(value) for kind, made in kinds if isinstance(value, kind)), None)
 
 
 def net_settings(net: nn.Module) -> dict[str, Any] | None:
@@ -113,9 +112,12 @@ class SavedModule(OptimisedModule):
         the same names, since Lightning raises where they differ."""
         if "trainer" in self.config:
             self._log_hyperparams = False
-        initial: dict[str, Any] = self.hparams_initial
-        theirs = getattr(getattr(self.trainer, "datamodule", None), "hparams_initial", {})
-        self._hparams_initial = {f"model/{key}" if key in theirs else key: value for key, value in initial.items()}
+        initial, theirs = (
+            self.hparams_initial,
+            getattr(getattr(self.trainer, "datamodule", None), "hparams_initial", {}),
+        )
+        if shared := initial.keys() & theirs.keys():
+            self._hparams_initial = {f"model/{key}" if key in shared else key: initial[key] for key in initial}
 
     def note_settings(self) -> bool:
         """Brings `config` up to date with the numbers that are trained with, which callbacks such as LearningRateFinder
