@@ -552,6 +552,17 @@ def test_checkpoints_of_lightnings_own_callback_resume_in_a_plain_trainer() -> N
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
+@pytest.mark.filterwarnings("ignore:The `.*` does not have many workers")
+def test_the_documents_examples_run_in_turn() -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/in-your-own-code.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "in_your_own_code"}
+    for example in examples:
+        exec(example, names)
+    assert names["results"][0].keys() >= {"test/accuracy", "test_without_tta/accuracy"}
+    with torch.no_grad():
+        assert names["again"].eval()(PIXELS).equal(names["model"].eval()(PIXELS))
+
+
 # ---- several processes ----
 
 PROCESSES = """

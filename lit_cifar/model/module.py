@@ -143,11 +143,11 @@ class LitClassifier(SavedModule):
 
         The lean loop, whose batches fit, does not call it.
         """
-        batch, stage = super()._apply_batch_transfer_handler(batch, *args, **kwargs), _stage(self._trainer)
-        step = STEPS.get(stage)
-        if step is None or getattr(type(self), step) is not getattr(LitClassifier, step):
-            return batch
-        return self._intake.batch(batch, stage, len(self.classes))
+        moved, stage = super()._apply_batch_transfer_handler(batch, *args, **kwargs), _stage(self._trainer)
+        step = STEPS.get(stage, "")
+        is_own = getattr(type(self), step, None) is getattr(LitClassifier, step, self)
+        takes = is_own and batch is not self.example_input_array  # of Lightning's summary
+        return self._intake.batch(moved, stage, len(self.classes)) if takes else moved
 
     @calls_chosen("when it was set up")
     def setup(self, stage: str) -> None:
@@ -156,14 +156,8 @@ class LitClassifier(SavedModule):
         Raises:
             UserError: there are no data, or the net gives another number of logits than there are classes.
         """
-        trainer = self.trainer
         self._intake = Intake()
-        self.set_classes(data_of(trainer).classes)
-        callbacks = getattr(trainer, "callbacks", ())
-        self._loss, self._logs_loss = (
-            None,
-            stage == "fit" and not any(getattr(callback, "logs_loss", False) for callback in callbacks),
-        )
+        self.set_classes(data_of(self.trainer).classes)
         self.share_loggers()
         if stage == "fit" and "trainer" not in self.config:
             self.describe_net()  # before a strategy takes it into parts
@@ -171,7 +165,7 @@ class LitClassifier(SavedModule):
             self.reports["test"] = Report.of_nothing(self.classes)
         init_from_images = getattr(self.net, "init_from_images", None)
         if stage == "fit" and callable(init_from_images):  # a resumed run's checkpoint is loaded after it
-            images = torch.cat([images_of(batch) for batch in some_batches(trainer, NUM_FIRST_IMAGES)])
+            images = torch.cat([images_of(batch) for batch in some_batches(self.trainer, NUM_FIRST_IMAGES)])
             with clock.timed("whitening", self.mean.device):
                 init_from_images(normalise(self.as_pixels(images.to(self.mean.device)), self.mean, self.std))
             self._intake = Intake()
@@ -181,6 +175,8 @@ class LitClassifier(SavedModule):
             kernels.set_tf32(self.tf32)
 
     def on_fit_start(self) -> None:
+        self._loss = None
+        self._logs_loss = not any(getattr(callback, "logs_loss", False) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         self._warm_up("train", "val")  # after the callbacks: TensorBoard's graph is traced, searches are done
 
     def on_validation_start(self) -> None:
@@ -251,7 +247,7 @@ class LitClassifier(SavedModule):
         return loss
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Logs the loss, unless a subclass did in its training step. The lean loop calls no hooks of the module."""
+        """Logs the loss, unless a subclass did in its training step. The lean loop calls no hook of the module."""
         if self._loss is not None and "training_step.train/loss" not in (self.trainer._results or {}):
             self.log("train/loss", self._loss, sync_dist=True)
 

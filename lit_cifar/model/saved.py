@@ -100,7 +100,8 @@ class SavedModule(OptimisedModule):
             state = read_checkpoint(checkpoint_path)
             if "net" in takes or "net" in state.get("hyper_parameters", {}):
                 net = load(checkpoint_path, trust=trust)[0].net.train()
-            settings = {key: value for key, value in state.config.get("model", {}).items() if key != "net"}
+            theirs: dict[str, Any] = state.config.get("model", {})
+            settings = {key: value for key, value in theirs.items() if not _names_class(value)}
             if settings.keys() <= takes.keys():  # as they were last; a subclass's own arguments Lightning knows
                 kwargs = {**settings, **kwargs}
         if net is not None:
@@ -132,6 +133,7 @@ class SavedModule(OptimisedModule):
         return changed
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         self.note_settings()
         config = self.config
         if "trainer" not in config and (net := self.describe_net()):  # a command's config has the net
@@ -163,6 +165,11 @@ class SavedModule(OptimisedModule):
         theirs = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
         if len(theirs) != len(classes) or (_are_named(theirs) and _are_named(classes)):
             check_classes(checkpoint, classes)
+
+
+def _names_class(value: Any) -> bool:
+    """Whether a setting is something that is made, such as a net."""
+    return isinstance(value, dict) and "class_path" in value
 
 
 def _are_named(classes: tuple[str, ...]) -> bool:
