@@ -232,22 +232,6 @@ def test_a_groups_setting_out_of_range_is_named(setting: dict[str, float]) -> No
         LitClassifier(Net(), groups=[Group("filters", "", **setting)])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("stage", ["fit", "test"])
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-def test_a_trainer_without_a_data_module_is_told_what_is_needed(stage: str) -> None:
-    loader = Data().test_dataloader()
-    trainer = Trainer(
-        max_epochs=1,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        accelerator="cpu",
-    )
-    with pytest.raises(UserError, match=r"needs a data module.*datamodule=CIFAR10DataModule"):
-        getattr(trainer, stage)(LitClassifier(linear(10)), loader)
-
-
 def saved(module: LitClassifier) -> dict[str, Any]:
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)

@@ -1,25 +1,25 @@
-"""LitClassifier: forward, the steps and the metrics of a training run. Its optimiser is in optimised.py, the net
-without the Trainer in classifier.py; layers are in nets/, pictures and reports in results/.
+"""LitClassifier: forward, the steps and the metrics of a training run. Its optimiser is in optimised.py, what its
+checkpoints say in saved.py, the net without the Trainer in classifier.py; layers are in nets/, pictures in results/.
 
-B images in a batch, K classes. Images are (B, 3, 32, 32) uint8 0..255 until LitClassifier.forward.
+B images in a batch, K classes. Images are (B, 3, 32, 32), uint8 0..255 or floats, until LitClassifier.forward.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_cifar import clock
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model import kernels
+from lit_cifar.model.batch import Intake, images_of
 from lit_cifar.model.check import check_training, count_logits, shape_lazy_layers
-from lit_cifar.model.classifier import TTA, check_classes, check_weights, normalise, views
-from lit_cifar.model.data import data_of
+from lit_cifar.model.classifier import TTA, normalise, views
+from lit_cifar.model.data import data_of, some_batches
 from lit_cifar.model.optim import Group, Schedule
-from lit_cifar.model.optimised import OptimisedModule
 from lit_cifar.model.ranges import (
     ClosedUnitInterval,
     HalfOpenUnitInterval,
@@ -28,15 +28,18 @@ from lit_cifar.model.ranges import (
     Side,
     checked,
 )
+from lit_cifar.model.saved import SavedModule, plain
 from lit_cifar.results.metrics import Tally
 from lit_cifar.results.report import Report
 
 Batch = tuple[Tensor, Tensor]
 STAGES = ("val", "test", "plain")  # 'plain' is the test without its augmentation
+STEPS = {stage: f"{stage}_step" for stage in ("test", "predict")}
+STEPS |= {"train": "training_step", "validate": "validation_step", "sanity_check": "validation_step"}
 NUM_FIRST_IMAGES = 5000  # training images that a net which asks for it is initialised from
 
 
-class LitClassifier(OptimisedModule):
+class LitClassifier(SavedModule):
     """Any net that maps images to logits, with cross-entropy, SGD and exact metrics.
 
     Args:
@@ -84,6 +87,9 @@ class LitClassifier(OptimisedModule):
         sides: list[Side] | None = None,
         tta: TTA = "none",
     ) -> None:
+        groups = [Group(**group) if isinstance(group, Mapping) else group for group in groups or []] or None
+        mean, std = [float(each) for each in mean], [checked("--model.std", each, PositiveFloat) for each in std]  # type: ignore[assignment]
+        settings = {key: plain(value) for key, value in locals().items() if key not in ("self", "net", "__class__")}
         super().__init__(lr, momentum, weight_decay, nesterov, schedule, warmup, groups)
         if sides is not None and not sides:
             raise UserError("--model.sides [] names no side; leave it out to train on images as they are")
@@ -92,7 +98,6 @@ class LitClassifier(OptimisedModule):
         self.label_smoothing: float = checked("--model.label_smoothing", label_smoothing, ClosedUnitInterval)
         self.sides: list[int] = [checked("--model.sides", side, Side) for side in sides or []]
         self.tta: TTA = tta
-        std = tuple(checked("--model.std", deviation, PositiveFloat) for deviation in std)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         # constants; DDP would broadcast them before each forward (7 % of a step: the tutorial's net, 2 processes)
@@ -101,45 +106,77 @@ class LitClassifier(OptimisedModule):
         self.tf32 = tf32
         self._is_compiled = False  # not before it is warmed up
         self.classes: tuple[str, ...] = ()
-        self.config: dict[str, Any] = {}  # the command's settings as plain values; travels in the checkpoint
-        self.recipe: str | None = None  # what people call this training run; travels in the checkpoint
         self.tallies = nn.ModuleDict()  # a Tally for each stage, made when the classes are known
         self.running_loss: float | None = None  # mean over the newest steps, for whoever shows it
         self.images_per_second = 0.0  # over the same steps, all ranks together
         self.reports: dict[str, Report] = {}  # newest of each stage
         self.example_input_array = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # for Lightning's summary
+        self.config = {"model": settings}
+        if type(self).__init__ is LitClassifier.__init__:  # a subclass saves what its own takes
+            self.save_hyperparameters({**settings, "net": type(net).__name__})
+        self._intake = Intake()
+        self._logs_loss = False  # where no callback does
+        self._loss: Tensor | None = None  # of the newest step
+        self._returned: list[dict[str, Any]] = []  # what the Trainer will return of this evaluation
 
     @calls_chosen("on images")
     def forward(self, images: Tensor, side: int | None = None) -> Tensor:
         """Maps images (B, 3, 32, 32) uint8 0..255 to logits (B, K): scales, normalises, applies the net.
 
-        With a `side` the net sees them shrunk to side x side pixels.
+        Float images may be scaled to [0, 1] as by ToTensor, or normalised by this module's mean and std. With a `side`
+        the net sees them shrunk to side x side pixels.
+
+        Raises:
+            UserError: float images are normalised with other numbers.
         """
+        if images.dtype != torch.uint8:
+            images = self.as_pixels(images)
         to_logits = kernels.compiled(kernels.BACKEND) if self._is_compiled else kernels.to_logits
         return to_logits(self.net, images, self.mean, self.std, side)
 
+    def as_pixels(self, images: Tensor) -> Tensor:
+        """Images (B, 3, 32, 32) on the scale 0..255: float ones as new floats, integers as they are."""
+        return self._intake.pixels(images, _stage(self._trainer), self.mean, self.std)
+
+    def _apply_batch_transfer_handler(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Brings batches to the steps, where these are this class's own; after all hooks of a subclass or data module.
+
+        The lean loop, whose batches fit, does not call it.
+        """
+        moved, stage = super()._apply_batch_transfer_handler(batch, *args, **kwargs), _stage(self._trainer)
+        step = STEPS.get(stage, "")
+        is_own = getattr(type(self), step, None) is getattr(LitClassifier, step, self)
+        takes = is_own and batch is not self.example_input_array  # of Lightning's summary
+        return self._intake.batch(moved, stage, len(self.classes)) if takes else moved
+
     @calls_chosen("when it was set up")
     def setup(self, stage: str) -> None:
-        """Takes the classes from the data module and makes a tally for each stage.
+        """Takes the classes from the data and makes a tally for each stage.
 
         Raises:
-            UserError: there is no data module, or the net gives another number of logits than there are classes.
+            UserError: there are no data, or the net gives another number of logits than there are classes.
         """
+        self._intake = Intake()
         self.set_classes(data_of(self.trainer).classes)
+        self.share_loggers()
+        if stage == "fit" and "trainer" not in self.config:
+            self.describe_net()  # before a strategy takes it into parts
         if stage == "test":  # Lightning calls no hook more where --trainer.limit_test_batches is 0
             self.reports["test"] = Report.of_nothing(self.classes)
         init_from_images = getattr(self.net, "init_from_images", None)
         if stage == "fit" and callable(init_from_images):  # a resumed run's checkpoint is loaded after it
-            images = data_of(self.trainer).train.images
-            images = images[:: max(1, len(images) // NUM_FIRST_IMAGES)]
+            images = torch.cat([images_of(batch) for batch in some_batches(self.trainer, NUM_FIRST_IMAGES)])
             with clock.timed("whitening", self.mean.device):
-                init_from_images(normalise(images.to(self.mean.device), self.mean, self.std))
+                init_from_images(normalise(self.as_pixels(images.to(self.mean.device)), self.mean, self.std))
+            self._intake = Intake()
         if stage == "fit" and self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
             self.synchronise_norms()  # not available on the CPU
         if self.tf32 is not None and self.trainer.strategy.root_device.type == "cuda":
             kernels.set_tf32(self.tf32)
 
     def on_fit_start(self) -> None:
+        self._loss = None
+        self._logs_loss = not any(getattr(callback, "logs_loss", False) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         self._warm_up("train", "val")  # after the callbacks: TensorBoard's graph is traced, searches are done
 
     def on_validation_start(self) -> None:
@@ -164,23 +201,21 @@ class LitClassifier(OptimisedModule):
         They are equal on all ranks then, so that DDP need not broadcast them before each forward pass. Norms of a class
         that computes in its own way stay as they are.
         """
-        for parent in list(self.modules()):
-            for name, norm in parent.named_children():
-                if isinstance(norm, _BatchNorm) and type(norm).forward is _BatchNorm.forward:
-                    setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
-        for path, norm in self.named_modules():
-            if isinstance(norm, nn.SyncBatchNorm) and norm.process_group is None:  # of all ranks
-                self._ddp_params_and_buffers_to_ignore += [f"{path}.{name}" for name, _ in norm.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore += kernels.synchronise_norms(self)
 
     def set_classes(self, classes: tuple[str, ...]) -> None:
         """Names the K classes; called again with the same ones it changes nothing.
 
+        Without any, they stay as they are if there are K, or become '0' to 'K - 1'.
+
         Raises:
             UserError: the net gives another number of logits.
         """
-        if classes == self.classes:
+        if classes and classes == self.classes:
             return
         num_logits = count_logits(self.net, self, self.mean.device)
+        if not classes:
+            classes = self.classes if len(self.classes) == num_logits else tuple(map(str, range(num_logits)))
         if num_logits != len(classes):
             raise UserError(
                 f"{type(self.net).__name__} gives {num_logits} logits but the data has {len(classes)} classes: "
@@ -200,11 +235,21 @@ class LitClassifier(OptimisedModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of this rank's share, scaled so that the ranks' mean is the mean over the whole batch."""
         images, labels = batch
-        logits = self(images, self.side())
+        side = self.side()
+        logits = self(images) if side is None else self(images, side)  # a subclass's forward may know no sides
         if self.trainer.world_size == 1:
-            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
-        return loss / self._mean_share(labels, batch_idx)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        else:
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
+            loss = loss / self._mean_share(labels, batch_idx)
+        if self._logs_loss:
+            self._loss = loss.detach()
+        return loss
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Logs the loss, unless a subclass did in its training step. The lean loop calls no hook of the module."""
+        if self._loss is not None and "training_step.train/loss" not in (self.trainer._results or {}):
+            self.log("train/loss", self._loss, sync_dist=True)
 
     def side(self) -> int | None:
         """Side in pixels that this step's images are shrunk to; None: none."""
@@ -241,12 +286,33 @@ class LitClassifier(OptimisedModule):
         if self.tta != "none":
             self._report("plain")
 
+    def on_validation_end(self) -> None:
+        self._return("val")
+
+    def on_test_end(self) -> None:
+        self._return("test", "plain")
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        """What the net says of images, with test-time augmentation if it has any: `logits` (B, K), `probabilities`
+        (B, K), `predictions` (B,) int64, and the names of the predicted `classes`, a list of B."""
+        logits = self._logits_of_views(batch)[0]
+        predictions = logits.argmax(1)
+        classes = [self.classes[index] for index in predictions.tolist()]
+        probabilities = logits.float().softmax(1)
+        return {"logits": logits, "probabilities": probabilities, "predictions": predictions, "classes": classes}
+
+    def _logits_of_views(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, K), averaged over the views of test-time augmentation, and those of the images themselves."""
+        logits_of_views = [(self(view), weight) for view, weight in views(images, self.tta)]
+        return sum(logits * weight for logits, weight in logits_of_views), logits_of_views[0][0]
+
     def _evaluate(self, stage: str, batch: Batch) -> None:
         images, labels = batch
-        logits_of_views = [(self(view), weight) for view, weight in views(images, self.tta)]
+        logits, plain_logits = self._logits_of_views(images)
+        if images.dtype != torch.uint8:
+            images = self.as_pixels(images).round().clamp(0, 255).to(torch.uint8)  # for pictures of mistakes
         if stage == "test" and self.tta != "none":
-            self._tally("plain").update(logits_of_views[0][0], images, labels)
-        logits: Tensor = sum(logits * weight for logits, weight in logits_of_views)
+            self._tally("plain").update(plain_logits, images, labels)
         self._tally(stage).update(logits, images, labels)
 
     def _tally(self, stage: str) -> Tally:
@@ -259,40 +325,32 @@ class LitClassifier(OptimisedModule):
         confusion, loss, calibration, mistakes = self._tally(stage).take()
         if self.trainer.sanity_checking:
             return
-        report = self.reports[stage] = Report(confusion, loss, self.classes, calibration, mistakes)
-        prefix = "test_without_tta" if stage == "plain" else stage
-        scalars = {f"{prefix}/{name}": value for name, value in report.scalars().items()}
+        self.reports[stage] = Report(confusion, loss, self.classes, calibration, mistakes)
+        scalars = self._scalars(stage)
         # Lightning would move each number to the device, and back for whoever reads it; only ranks exchange them there
         values = torch.tensor(list(scalars.values())).to(self.device if self.trainer.world_size > 1 else "cpu")
         # every rank has the same values: max is exact where Lightning's mean over ranks would round
         self.log_dict(dict(zip(scalars, values.unbind(), strict=True)), logger=False, sync_dist=True, reduce_fx="max")
         for logger in self.loggers:
             logger.log_metrics(scalars, step=self.trainer.global_step)
+        self._returned = getattr(getattr(self.trainer, "_evaluation_loop", None), "_logged_outputs", [])
 
-    def note_settings(self) -> bool:
-        """Brings `config` up to date with the numbers that are trained with, which callbacks such as LearningRateFinder
-        and BatchSizeFinder change in the module and the data module; gives whether one had changed."""
-        changed = False
-        for section, owner in (("model", self), ("data", getattr(self._trainer, "datamodule", None))):
-            noted = self.config.get(section, {})
-            for key, value in noted.items():
-                now = getattr(owner, key, value)
-                if isinstance(value, (int, float)) and isinstance(now, (int, float)) and now != value:
-                    noted[key], changed = type(value)(now), True
-        return changed
+    def _return(self, *stages: str) -> None:
+        """Lets trainer.validate and trainer.test return, and print, the values that loggers got.
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.note_settings()
-        checkpoint["lit_cifar"] = {"classes": list(self.classes), "config": self.config, "recipe": self.recipe}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_fits(checkpoint)
-
-    def check_fits(self, checkpoint: dict[str, Any], classes: tuple[str, ...] = ()) -> None:
-        """Checks that a checkpoint has this net's weights, and the data's classes: `classes`, or those of set_classes.
-
-        Raises:
-            UserError: the weights are another net's, or the classes are others.
+        By log_dict they would reach the loggers a second time, with Lightning's own step and a tag `epoch`.
         """
-        check_weights(self, self.net, checkpoint["state_dict"])
-        check_classes(checkpoint, classes or self.classes)
+        for outputs in self._returned:
+            for stage in stages:
+                outputs.update(self._scalars(stage) if stage in self.reports else {})
+        self._returned = []
+
+    def _scalars(self, stage: str) -> dict[str, float]:
+        prefix = "test_without_tta" if stage == "plain" else stage
+        return {f"{prefix}/{name}": value for name, value in self.reports[stage].scalars().items()}
+
+
+def _stage(trainer: Any) -> str:
+    """'train', 'validate', 'test', ... where the Trainer is; '' outside of one."""
+    stage = getattr(getattr(trainer, "state", None), "stage", None)
+    return str(stage.value) if stage else ""

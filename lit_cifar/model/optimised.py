@@ -1,6 +1,7 @@
 """OptimisedModule: the optimiser and the schedule of a training run, from settings to what the Trainer takes. optim.py
 has their arithmetic, module.py the loss."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from lit_cifar.errors import UserError
 from lit_cifar.model import steps
-from lit_cifar.model.data import data_of
+from lit_cifar.model.data import num_train_batches
 from lit_cifar.model.optim import Group, Schedule, lr_factor, make_optimizer
 from lit_cifar.model.ranges import ClosedUnitInterval, HalfOpenUnitInterval, NonNegativeFloat, checked
 
@@ -123,8 +124,9 @@ class OptimisedModule(LightningModule):
             UserError: the training run has no end.
         """
         trainer = self.trainer
-        num_batches = steps.limited(len(data_of(trainer).train_batches()), trainer.limit_train_batches)
-        num_steps = steps.steps_at_end(trainer, num_batches)
-        if num_steps is None:
+        num_batches = num_train_batches(trainer)
+        # an epoch without an end may end by steps
+        num_steps = trainer.max_steps if math.isinf(num_batches) else steps.steps_at_end(trainer, int(num_batches))
+        if num_steps is None or num_steps < 0:
             raise UserError(f"--model.schedule {self.schedule} needs an end: set --max_epochs or --trainer.max_steps")
         return max(1, num_steps)

@@ -18,6 +18,7 @@ class ResNet18(nn.Module):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.conv = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(64)
         blocks = []

@@ -44,6 +44,8 @@ class SpeedNet(nn.Module):
         super().__init__()
         if min(widths) < 1 or not 0 <= momentum <= 1:
             raise UserError(f"SpeedNet: widths {list(widths)} must be 1 or more, momentum {momentum} from 0 to 1")
+        self.num_classes, self.widths, self.depth, self.momentum = num_classes, widths, depth, momentum
+        self.activation = activation
         num_patch_values = 3 * WHITENED_SIDE**2
         # fixed: its input and weights need no gradients, which saves the costliest part of the backward pass
         self.whiten = nn.Conv2d(3, 2 * num_patch_values, WHITENED_SIDE, bias=False).requires_grad_(False)
@@ -52,7 +54,7 @@ class SpeedNet(nn.Module):
             *(Block(channels[i], channels[i + 1], depth, activation, momentum) for i in range(3))
         )
         self.head = nn.Linear(channels[-1], num_classes, bias=False)
-        self.activation = _activation(activation)
+        self.activate = _activation(activation)
         with torch.no_grad():
             self.head.weight.div_(self.head.weight.std())
         self.to(memory_format=torch.channels_last)
@@ -68,7 +70,7 @@ class SpeedNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps normalised images (B, 3, side, side) to logits (B, K)."""
-        features = self.activation(self.whiten(images.contiguous(memory_format=torch.channels_last)))
+        features = self.activate(self.whiten(images.contiguous(memory_format=torch.channels_last)))
         features = self.blocks(features).amax((2, 3))
         logits: Tensor = self.head(features) / features.shape[1]
         return logits

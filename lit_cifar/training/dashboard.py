@@ -98,7 +98,7 @@ class Dashboard(Callback):
             assert isinstance(pl_module, LitClassifier)
             images, labels = batch
             missing = NUM_TRAINING_IMAGES - self._num_images
-            self._images.append((images[:missing].clone(), labels[:missing].clone()))
+            self._images.append((pl_module.as_pixels(images[:missing]).clone(), labels[:missing].clone()))
             self._num_images += len(images)
             self._side = pl_module.side()
 

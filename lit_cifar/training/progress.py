@@ -39,6 +39,8 @@ class Progress(Callback):
         every_n_steps: steps of an epoch between two printed lines; shorter epochs print one at their end.
     """
 
+    logs_loss = True  # so that the module need not
+
     def __init__(self, every_n_steps: PositiveInt = 2000) -> None:
         self.every_n_steps: int = checked("--running_loss.every_n_steps", every_n_steps, PositiveInt)
         self.run: Run | None = None  # the command sets it; without one the disk is not watched

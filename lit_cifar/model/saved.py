@@ -1,0 +1,177 @@
+"""SavedModule: what a checkpoint says of a LitClassifier beside its weights, and how one is made of it. run/save.py
+knows when states are saved; classifier.py has `load`, which needs no LitClassifier."""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from numbers import Integral, Real
+from typing import Any, Self
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lit_cifar.model.check import shape_lazy_layers, unchanged
+from lit_cifar.model.classifier import check_classes, check_weights, load
+from lit_cifar.model.optimised import OptimisedModule
+from lit_cifar.run.read import read_checkpoint
+
+
+def plain(value: Any) -> Any:
+    """A setting as checkpoints and YAML hold it: numbers, texts, lists and dicts; None for what is none of these."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    kinds: list[tuple[Any, Any]] = [(bool, bool), (Integral, int), (Real, float), (str, str)]  # NumPy's types too
+    return next((made(value) for kind, made in kinds if isinstance(value, kind)), None)
+
+
+def net_settings(net: nn.Module) -> dict[str, Any] | None:
+    """A net as class_path and init_args, the values of attributes that are called as its arguments are.
+
+    None where the net that is made of them, with the same weights, is another one: where its logits for random images
+    differ in a bit, in training or in evaluation.
+    """
+    kind = type(net)
+    if kind.__module__ == "__main__" or getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
+        return None  # nobody else could import it
+    try:
+        found = {name: plain(getattr(net, name, None)) for name in inspect.signature(kind).parameters}
+        arguments = {name: value for name, value in found.items() if value is not None}
+        with isolate_rng():
+            other = kind(**arguments)
+            shape_lazy_layers(other)
+            other.load_state_dict(net.state_dict())
+            same = all(map(torch.equal, _sample(net), _sample(other)))
+    except Exception:  # classes raise anything on arguments that are not for them
+        return None
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments} if same else None
+
+
+@torch.no_grad()
+def _sample(net: nn.Module) -> list[Tensor]:
+    weight = next(weight for weight in net.parameters() if weight.is_floating_point())
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(weight)
+    with unchanged(net, weight.device):
+        torch.manual_seed(0)  # of dropout
+        return [net.train(mode)(images) for mode in (True, False)]
+
+
+class SavedModule(OptimisedModule):
+    """A module whose checkpoints say which net it has and with which settings, as plain values."""
+
+    net: nn.Module
+    classes: tuple[str, ...]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # settings as plain values, of this module or of the whole command; travels in the checkpoint
+        self.config: dict[str, Any] = {"model": {}}
+        self.recipe: str | None = None  # what people call this training run; travels in the checkpoint
+        self._described: tuple[nn.Module, dict[str, Any] | None] | None = None
+
+    def describe_net(self) -> dict[str, Any] | None:
+        """`net_settings` of the net, found out once: in training it may be wrapped or in parts."""
+        if self._described is None or self._described[0] is not self.net:
+            self._described = (self.net, net_settings(self.net))
+        return self._described[1]
+
+    @classmethod
+    def load_from_checkpoint(
+        cls, checkpoint_path: Any, *args: Any, net: nn.Module | None = None, trust: bool = False, **kwargs: Any
+    ) -> Self:
+        """Lightning's, for checkpoints that do not hold the net itself: the file says how it is made.
+
+        Args:
+            checkpoint_path: the file.
+            args: as of LightningModule.load_from_checkpoint; so are kwargs.
+            net: instead of the file's, which then need not be known.
+            trust: make the net also where its class is of a package that is not trusted by itself, such as your own.
+
+        Raises:
+            UserError: the file does not say which net it holds, or names a class that is not trusted.
+        """
+        takes = inspect.signature(cls.__init__).parameters
+        if net is None:
+            state = read_checkpoint(checkpoint_path)
+            if "net" in takes or "net" in state.get("hyper_parameters", {}):
+                net = load(checkpoint_path, trust=trust)[0].net.train()
+            theirs: dict[str, Any] = state.config.get("model", {})
+            settings = {key: value for key, value in theirs.items() if not _names_class(value)}
+            if settings.keys() <= takes.keys():  # as they were last; a subclass's own arguments Lightning knows
+                kwargs = {**settings, **kwargs}
+        if net is not None:
+            kwargs["net"] = net
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def share_loggers(self) -> None:
+        """Leaves hyperparameters to the command, which has all settings; keeps those apart that a data module has under
+        the same names, since Lightning raises where they differ."""
+        if "trainer" in self.config:
+            self._log_hyperparams = False
+        initial, theirs = (
+            self.hparams_initial,
+            getattr(getattr(self.trainer, "datamodule", None), "hparams_initial", {}),
+        )
+        if shared := initial.keys() & theirs.keys():
+            self._hparams_initial = {f"model/{key}" if key in shared else key: initial[key] for key in initial}
+
+    def note_settings(self) -> bool:
+        """Brings `config` up to date with the numbers that are trained with, which callbacks such as LearningRateFinder
+        and BatchSizeFinder change in the module and the data module; gives whether one had changed."""
+        changed = False
+        for section, owner in (("model", self), ("data", getattr(self._trainer, "datamodule", None))):
+            noted = self.config.get(section, {})
+            for key, value in noted.items():
+                now = getattr(owner, key, value)
+                if isinstance(value, (int, float)) and isinstance(now, (int, float)) and now != value:
+                    noted[key], changed = type(value)(now), True
+        return changed
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        self.note_settings()
+        config = self.config
+        if "trainer" not in config and (net := self.describe_net()):  # a command's config has the net
+            config = {**config, "model": {**config["model"], "net": net}}
+        hyper_parameters = checkpoint.get("hyper_parameters", {})
+        if isinstance(hyper_parameters.get("net"), nn.Module):  # of a subclass; weights_only refuses it
+            hyper_parameters["net"] = type(self.net).__name__
+        checkpoint["lit_cifar"] = {"classes": list(self.classes), "config": config, "recipe": self.recipe}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_fits(checkpoint)
+        named = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
+        if named and not _are_named(self.classes):
+            self.set_classes(named)
+
+    def set_classes(self, classes: tuple[str, ...]) -> None:
+        """Names the K classes."""
+        raise NotImplementedError
+
+    def check_fits(self, checkpoint: dict[str, Any], classes: tuple[str, ...] = ()) -> None:
+        """Checks that a checkpoint has this net's weights, and the data's classes: `classes`, or those of set_classes.
+
+        Raises:
+            UserError: the weights are another net's, or the classes are others.
+        """
+        if self.strict_loading:
+            check_weights(self, self.net, checkpoint["state_dict"])
+        classes = classes or self.classes
+        theirs = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
+        if len(theirs) != len(classes) or (_are_named(theirs) and _are_named(classes)):
+            check_classes(checkpoint, classes)
+
+
+def _names_class(value: Any) -> bool:
+    """Whether a setting is something that is made, such as a net."""
+    return isinstance(value, dict) and "class_path" in value
+
+
+def _are_named(classes: tuple[str, ...]) -> bool:
+    """Whether somebody named them; data that name none have numbers."""
+    return classes != tuple(map(str, range(len(classes))))
