@@ -83,6 +83,7 @@ class Parser(LightningArgumentParser):
     """LightningCLI's parser with short flags beside the dotted ones, and errors as UserError."""
 
     typed: Sequence[str] = ()  # the command line, for messages
+    _is_lenient = False
     of_command: tuple[str, ...] = ()  # flags that say what to do this once, and are no part of the config
 
     def __init__(self, **settings: Any) -> None:
@@ -97,10 +98,14 @@ class Parser(LightningArgumentParser):
         places; tests/test_cli.py pins that.
         """
         for short, (dotted, text) in SHORT_FLAGS.items():
-            action = self._find(dotted)
+            if (action := self.option(dotted)) is None:  # a class of the user's own does without it
+                continue
             action.option_strings = [f"--{short}", *action.option_strings]
             self._option_string_actions[f"--{short}"] = action
             action.help = text
+        self._option_string_actions["--model"] = self._option_string_actions[
+            "--model_class"
+        ]  # in place of --model FILE
 
     def keep_whole_numbers(self) -> None:
         """Lets 1 stay 1 where a setting takes shares and numbers: jsonargparse tries float first, and 1 means one batch
@@ -110,9 +115,6 @@ class Parser(LightningArgumentParser):
             if float in types and int in types and get_origin(typehint) in (Union, UnionType):
                 others = [kind for kind in types if kind not in (int, float)]
                 action._typehint = Union[(int, float, *others)]  # type: ignore[attr-defined]
-
-    def _find(self, dest: str) -> argparse.Action:
-        return next(action for action in self._actions if action.dest == dest)
 
     def option(self, key: str) -> argparse.Action | None:
         """The option that a key means, dotted or short; None when there is none of this name."""
@@ -127,6 +129,10 @@ class Parser(LightningArgumentParser):
         """Jsonargparse's reading of a config: it would take one within it, and lose settings of it (4.53)."""
         if isinstance(cfg, dict) and "config" in cfg and not parent_key:
             self.error("cannot name another config: give --config twice, with the one that wins second")
+        if isinstance(cfg, dict) and not parent_key:
+            cfg = _with_class(cfg)
+            if self._is_lenient:
+                cfg.pop("model", None)
         found: Namespace = super()._apply_actions(cfg, parent_key, *args, **settings)
         return found
 
@@ -178,10 +184,10 @@ class Parser(LightningArgumentParser):
         return next((flag for flag in spellings if flag in typed), None)
 
     def settings_without_classes(self, args: list[str]) -> Namespace:
-        """What is set, but for the classes of nets, callbacks and the like, and what is set of these: any text passes.
+        """What is set, but for the module, and for the classes of callbacks and the like: any text passes for these.
 
-        This shows which checkpoint to start from. A flag such as --model.net.widths may be one of the net that this
-        checkpoint names, and is checked when that is known.
+        This shows which checkpoint to start from, and which class the module is of. A flag such as --model.net.widths
+        may be one of the net that this checkpoint names, and is checked when that is known.
         """
         actions: list[Any] = [
             action
@@ -189,11 +195,20 @@ class Parser(LightningArgumentParser):
             if ActionTypeHint.is_subclass_typehint(action, all_subtypes=False, also_lists=True)
         ]
         kept = [action._typehint for action in actions]
+        words = zip(args, ["", *args], strict=False)  # each with the one before
+        args = [
+            word
+            for word, before in words
+            if not word.startswith("--model.")
+            and (word.startswith("--") or not before.startswith("--model.") or "=" in before)
+        ]
         try:
+            self._is_lenient = True
             for action in actions:
                 action._typehint = Any
             return self.read(args)
         finally:
+            self._is_lenient = False
             for action, typehint in zip(actions, kept, strict=True):
                 action._typehint = typehint
 
@@ -290,6 +305,18 @@ def _plain_only(value: Any, setting: Any) -> Any:
             if not str(inner).startswith(LOST) or isinstance(old.get(key), str)
         }
     return value
+
+
+def _with_class(config: dict[str, Any]) -> dict[str, Any]:
+    """A config whose module's class, written as in LightningCLI's subclass mode, stands under model_class."""
+    model = config.get("model")
+    if isinstance(model, str):
+        model = {"class_path": model}
+    if not isinstance(model, dict) or "class_path" not in model:
+        return dict(config)
+    others = {key: value for key, value in model.items() if key not in ("class_path", "init_args")}
+    settings = {**others, **(model.get("init_args") or {})}
+    return {**config, "model_class": model["class_path"], "model": settings}
 
 
 def _bounds(restriction: str) -> str:
