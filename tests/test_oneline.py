@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lit_cifar.fit
 from lit_cifar.cli import blame, checks, machine
 from lit_cifar.cli.command import CLI, set_up
-from lit_cifar.cli.parser import gist
+from lit_cifar.cli.wording import gist
 from lit_cifar.data import shapes
 from lit_cifar.data.split import Split
 from lit_cifar.model.classifier import load

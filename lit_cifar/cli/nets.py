@@ -64,7 +64,7 @@ def find_module_class(name: str) -> type[LitClassifier]:
         found = import_named(name)
     except (ImportError, AttributeError, ValueError) as error:
         reason = "name it as package.Class" if "." not in name else printable(" ".join(str(error).split()))
-        raise UserError(f"{shown}: there is no such class: {reason}") from error
+        raise UserError(f"{shown} cannot be imported: {reason}") from error
     if not (inspect.isclass(found) and issubclass(found, LitClassifier)):
         is_module = inspect.isclass(found) and issubclass(found, LightningModule)
         raise UserError(

@@ -18,6 +18,8 @@ from jsonargparse._typehints import ActionTypeHint
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_cifar.cli.configs import with_class
+from lit_cifar.cli.wording import bounds_of, gist, habit, plain
 from lit_cifar.errors import FlagParser, UserError, calls_chosen
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import TTA
@@ -46,10 +48,6 @@ SHORT_FLAGS = {
 PATHS = {"data_dir", "default_root_dir", "resume", "ckpt_path", "output", "study", "storage"}  # settings that are paths
 TRUST = "true: make classes that the checkpoint names, of any package"
 LOST = "Unable to serialize instance "  # what jsonargparse writes in place of a default that is no plain value
-# jsonargparse lists a reason for each type that a value may have: any wrong value has the first ones, and a class that
-# is meant for one type has the others for the other types
-EVERY_TYPES = "Expected a (<class|path but|typing)|Does not validate|Not a valid subclass|a class path|a dict "
-OTHER_TYPES = "Import path|Expected a dot|unknown"
 
 # such as the interval of Lightning's Timer, which is a default and no text
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -130,7 +128,7 @@ class Parser(LightningArgumentParser):
         if isinstance(cfg, dict) and "config" in cfg and not parent_key:
             self.error("cannot name another config: give --config twice, with the one that wins second")
         if isinstance(cfg, dict) and not parent_key:
-            cfg = _with_class(cfg)
+            cfg = with_class(cfg)
             if self._is_lenient:
                 cfg.pop("model", None)
         found: Namespace = super()._apply_actions(cfg, parent_key, *args, **settings)
@@ -138,10 +136,15 @@ class Parser(LightningArgumentParser):
 
     def _explain(self, message: str) -> str:
         """One line out of jsonargparse's several: the flag as typed, what is wrong, the nearest right one."""
-        found = re.match(r'[Pp]arser key "([^"]+)":', message)
-        if found and (reason := gist(message)) != message:
-            return f"{self._as_typed(found[1].rstrip('+'))}: {reason}"
-        message = " ".join(message.split())
+        if line := habit(message):
+            return line
+        reason, message = " ".join(gist(message).split()), " ".join(message.split())
+        if found := re.match(r'[Pp]arser key "([^"]+)": ?(.*)', message):
+            where = self._as_typed(found[1].rstrip("+"))
+            if missing := re.search(r"arguments are required: ((\w+).*)", reason):
+                return f"{where}: it needs {missing[1]}: add {where}.{missing[2]} VALUE"
+            if reason != message or found[2].startswith("unknown key"):  # of a class's settings, whose parser words it
+                return f"{where}: {found[2] if reason == message else reason}"
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
             typed = found[1].split("=")[0]
@@ -149,14 +152,15 @@ class Parser(LightningArgumentParser):
         if found := re.search(r"(?:Group '(\S+)' does not accept option|Option|[Kk]ey) '(\S+)'", message):
             key = f"{found[1]}.{found[2]}" if found[1] else found[2]
             near = nearest(key, [flag[2:] for flag in flags])
-            return f"unknown key {key!r} in the config{near}; --print_config lists the keys"
+            where = "" if self.usage else " in the config; --print_config lists the keys"  # of a class, or of all
+            return f"unknown key {key!r}{near}{where}"
         if message.startswith("Problems parsing config"):
             return f"no valid YAML: {message.split(': ', 1)[-1]}"
         message = re.sub(r'[Pp]arser key "([^"]+)":', lambda key: f"{self._as_typed(key[1])}:", message)
         if found := re.search(r"^(.*?): Expected a (.*)\. Got value: (.*)$", message):
             where, expected, given = found.groups()
             choices = re.findall(r"'([^']*)'", expected) if "Literal[" in expected else []
-            return f"{where}: expected {_plain(expected)}, got {given}{nearest(given, choices)}"
+            return f"{where}: expected {plain(expected)}, got {given}{nearest(given, choices)}"
         if found := re.search(
             r"^(.*?): Not of type \w+: (?:invalid literal for (int)|could not convert string to (float)).*'(.*)'$",
             message,
@@ -167,9 +171,9 @@ class Parser(LightningArgumentParser):
             r"^(.*?): Not of type \w+: (.*) (?:does not conform to restriction (.*)|not an? \w+)$", message
         ):
             where, given, bounds = found.groups()
-            return f"{where}: expected {_bounds(bounds) if bounds else 'a number'}, got {given}"
+            return f"{where}: expected {bounds_of(bounds) if bounds else 'a number'}, got {given}"
         if found := re.search(r"^(.*?): Does not validate .* Subtypes: \[(.*?)\] Errors.* Given value: (.*)$", message):
-            return f"{found[1]}: expected {_plain(found[2])}, got {found[3]}"
+            return f"{found[1]}: expected {plain(found[2])}, got {found[3]}"
         return message
 
     def _as_typed(self, dotted: str) -> str:
@@ -277,19 +281,6 @@ class NetParser(FlagParser):
         super().error(message)
 
 
-def gist(message: str) -> str:
-    """The reason that matters among those that jsonargparse lists for a value, in one line; other messages stay."""
-    _, *items = re.split(r"\n\s*- ", re.split(r"\n\s*Given value type:", message)[0])
-    told = [" ".join(item.split()) for item in items if not re.match(EVERY_TYPES, item)]
-    told.sort(key=lambda item: bool(re.match(OTHER_TYPES, item)))
-    if not told:
-        return message
-    reason = re.sub(r"^Problem with given class_path '(.*?)': ", r"\1: ", told[0])
-    return re.sub(
-        r"^Expected a dot import path string: (.*)", r"there is no class \1: name it as package.Class", reason
-    )
-
-
 def _plain_only(value: Any, setting: Any) -> Any:
     """A dumped value without what jsonargparse could not dump; texts that it took for objects are what they were set
     to."""
@@ -305,30 +296,6 @@ def _plain_only(value: Any, setting: Any) -> Any:
             if not str(inner).startswith(LOST) or isinstance(old.get(key), str)
         }
     return value
-
-
-def _with_class(config: dict[str, Any]) -> dict[str, Any]:
-    """A config whose module's class, written as in LightningCLI's subclass mode, stands under model_class."""
-    model = config.get("model")
-    if isinstance(model, str):
-        model = {"class_path": model}
-    if not isinstance(model, dict) or "class_path" not in model:
-        return dict(config)
-    others = {key: value for key, value in model.items() if key not in ("class_path", "init_args")}
-    settings = {**others, **(model.get("init_args") or {})}
-    return {**config, "model_class": model["class_path"], "model": settings}
-
-
-def _bounds(restriction: str) -> str:
-    """A restriction as jsonargparse writes it, v>=0 and v<=1, for people."""
-    words = {">=": "at least", ">": "above", "<=": "at most", "<": "below"}
-    return "a number " + re.sub(r"v(>=|>|<=|<)", lambda sign: f"{words[sign[1]]} ", restriction)
-
-
-def _plain(types: str) -> str:
-    """Types as jsonargparse names them, for people."""
-    types = re.sub(r"<class '([^']*)'>|typing.Literal\[(.*?)\]", r"\1\2", types)
-    return types.replace("'", "").replace("NoneType", "null")
 
 
 def _expanded(value: Any) -> Any:

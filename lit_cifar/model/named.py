@@ -47,8 +47,9 @@ def import_named(name: str, *args: Any, **settings: Any) -> Any:
             raise ImportError("timm is not installed: pip install 'lit_cifar[timm]'") from error
         raise
     except Exception as error:  # of the module, as it is imported
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise ImportError(f"{type(error).__name__}: {error}, at {place.filename}:{place.lineno}") from error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = "" if isinstance(error, SyntaxError) else f" at {last.filename}:{last.lineno}"
+        raise ImportError(f"{type(error).__name__}{place}: {error}") from error
     if inspect.isclass(found) or isinstance(found, nn.Module) or not callable(found):
         return found
     try:
@@ -88,7 +89,7 @@ def way_to_classes(net: nn.Module, settings: dict[str, Any], num_classes: int) -
 
 
 @calls_chosen("to be made of its settings")
-def _adapt_class_type(value: Any, serialize: bool, instantiate: bool, *args: Any, **settings: Any) -> Any:
+def adapt_class_type(value: Any, serialize: bool, instantiate: bool, *args: Any, **settings: Any) -> Any:
     """Jsonargparse's, which takes what goes through **kwargs under the key dict_kwargs only, and keeps that for another
     class that is named later (4.53)."""
     value, before = map(_typehints.subclass_spec_as_namespace, (value, settings.get("prev_val")))
@@ -108,4 +109,4 @@ def _adapt_class_type(value: Any, serialize: bool, instantiate: bool, *args: Any
 
 
 # jsonargparse's own places for these (4.53)
-_typehints.import_object, _typehints.adapt_class_type = import_named, _adapt_class_type
+_typehints.import_object, _typehints.adapt_class_type = import_named, adapt_class_type
