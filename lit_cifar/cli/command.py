@@ -117,7 +117,7 @@ class CLI(LightningCLI):
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, Parser)
         parser.add_argument("--seed_everything", type=int, default=0)
-        parser.add_argument("--model_class", type=str, default=None, help="a subclass of LitClassifier [--model]")
+        parser.add_argument("--model_class", type=str, default=None)
         before = {action.dest for action in parser._actions}
         parser.add_argument(
             "--log_level",

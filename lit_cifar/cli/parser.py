@@ -35,6 +35,7 @@ SHORT_FLAGS = {
     "dataset": ("data.dataset", "cifar10, cifar100, or shapes: embedded, no download"),
     "batch_size": ("data.batch_size", "images of one optimiser step, shared by all devices"),
     "lr": ("model.lr", "learning rate"),
+    "model": ("model_class", "class to train in place of LitClassifier, a subclass: package.Class"),
     "compile": ("model.compile", "compile the net: true or false"),
     "max_epochs": ("trainer.max_epochs", "passes over the training images"),
     "devices": ("trainer.devices", "number of devices on each node, or 'auto'"),
@@ -98,7 +99,8 @@ class Parser(LightningArgumentParser):
         for short, (dotted, text) in SHORT_FLAGS.items():
             if (action := self.option(dotted)) is None:  # a class of the user's own does without it
                 continue
-            action.option_strings = [f"--{short}", *action.option_strings]
+            if short not in (self.groups or ()):  # or jsonargparse would take model's settings for this one
+                action.option_strings = [f"--{short}", *action.option_strings]
             self._option_string_actions[f"--{short}"] = action
             action.help = text
         self._option_string_actions["--model"] = self._option_string_actions[
