@@ -143,8 +143,8 @@ class Parser(LightningArgumentParser):
         reason, message = " ".join(gist(message).split()), " ".join(message.split())
         if found := re.match(r'[Pp]arser key "([^"]+)": ?(.*)', message):
             where = self._as_typed(found[1].rstrip("+"))
-            if missing := re.search(r"arguments are required: ((\w+).*)", reason):
-                return f"{where}: it needs {missing[1]}: add {where}.{missing[2]} VALUE"
+            if (missing := re.search(r"arguments are required: (\w+)", reason)) and where.startswith("--model."):
+                return f"{where}: it needs more settings: add {where}.{missing[1]} VALUE"
             if reason != message or found[2].startswith("unknown key"):  # of a class's settings, whose parser words it
                 return f"{where}: {found[2] if reason == message else reason}"
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]

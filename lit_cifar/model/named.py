@@ -53,9 +53,10 @@ def import_named(name: str, *args: Any, **settings: Any) -> Any:
     if inspect.isclass(found) or isinstance(found, nn.Module) or not callable(found):
         return found
     try:
-        is_typed = inspect.signature(found).return_annotation not in (inspect.Signature.empty, Any)
+        returned = inspect.signature(found).return_annotation
     except ValueError:  # of builtins
         return found
+    is_typed = inspect.isfunction(found) and returned not in (inspect.Signature.empty, Any)
     return found if is_typed else _returning_net(found)
 
 
@@ -89,9 +90,11 @@ def way_to_classes(net: nn.Module, settings: dict[str, Any], num_classes: int) -
 
 
 @calls_chosen("to be made of its settings")
-def adapt_class_type(value: Any, serialize: bool, instantiate: bool, *args: Any, **settings: Any) -> Any:
-    """Jsonargparse's, which takes what goes through **kwargs under the key dict_kwargs only, and keeps that for another
-    class that is named later (4.53)."""
+def adapt_class_type(
+    value: Any, serialize: bool, instantiate: bool, parser_settings: dict[str, Any], *args: Any, **settings: Any
+) -> Any:
+    """Jsonargparse's, which takes what goes through **kwargs under the key dict_kwargs only, keeps that for another
+    class that is named later, and needs types unless its caller does without them (4.53)."""
     value, before = map(_typehints.subclass_spec_as_namespace, (value, settings.get("prev_val")))
     if before and before.get("class_path") != value.class_path:
         before.pop("dict_kwargs", None)
@@ -105,7 +108,7 @@ def adapt_class_type(value: Any, serialize: bool, instantiate: bool, *args: Any,
         if unknown and takes_anything(named):
             handed_on = {key: given.pop(key) for key in list(vars(given)) if key in unknown}
             value["dict_kwargs"] = {**(value.get("dict_kwargs") or {}), **handed_on}
-    return _adapt(value, serialize, instantiate, *args, **settings)
+    return _adapt(value, serialize, instantiate, {**parser_settings, "fail_untyped": False}, *args, **settings)
 
 
 # jsonargparse's own places for these (4.53)
