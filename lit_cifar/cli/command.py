@@ -153,7 +153,7 @@ class CLI(LightningCLI):
 
     def _read(self, parser: Parser, args: list[str]) -> Namespace:
         first, problem = silent(args), None
-        asks = not ASKING.isdisjoint(args)
+        asks = not ASKING.isdisjoint(arg.split("=")[0] for arg in args)
         try:
             settings = parser.read(first)
         except UserError as error:  # perhaps about a setting of the net that a checkpoint names, or of --model

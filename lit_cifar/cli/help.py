@@ -66,8 +66,5 @@ def summary(parser: Parser) -> str:
 def silent(args: list[str]) -> list[str]:
     """A command line without the flags that end the command when they are read: --help and --print_config."""
     groups = {i + 1 for i, arg in enumerate(args[:-1]) if arg in ASKING and not args[i + 1].startswith("-")}
-    return [
-        arg
-        for i, arg in enumerate(args)
-        if i not in groups and arg not in ASKING and not arg.startswith("--print_config")
-    ]
+    ending = ("--help=", "--print_config")
+    return [arg for i, arg in enumerate(args) if not (i in groups or arg in ASKING or arg.startswith(ending))]
