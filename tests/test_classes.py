@@ -29,7 +29,7 @@ LAST = str(RUN / "checkpoints/last.ckpt")
 
 
 class Scaled(LitClassifier):
-    """A loss and an optimiser of its own.
+    """A loss of its own.
 
     Args:
         factor: the loss is multiplied by.
@@ -44,9 +44,6 @@ class Scaled(LitClassifier):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return F.cross_entropy(self(batch[0]), batch[1]) * self.factor
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
 class NoNet(LitClassifier):

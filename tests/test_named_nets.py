@@ -192,6 +192,7 @@ def test_a_run_of_a_timm_net_is_tested_predicted_exported_and_resumed(capsys: py
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_net_in_a_file_here_is_found_by_every_process(run_command: Any, tmp_path: Path) -> None:
     lines = (
         "import timm",
