@@ -34,7 +34,7 @@ from lit_cifar.run.folder import Run  # noqa: E402
 from lit_cifar.run.read import State, find_checkpoint, read_checkpoint  # noqa: E402
 from lit_cifar.text import in_command  # noqa: E402
 
-SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "running_loss")  # of a config
+SECTIONS = ("seed_everything", "trainer", "model_class", "model", "data", "checkpoint", "running_loss")  # of a config
 # what the end of a training run depends on
 LIMITS = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "callbacks")
 IMPORT_SECONDS = time.perf_counter() - _started

@@ -26,6 +26,7 @@ from lit_cifar.text import in_command
 
 # of the checkpoint's config; by its batch size threads and kernels are chosen, as they were for the run's own test
 DATA_KEYS = ("data_dir", "dataset", "batch_size", "eval_batch_size", "mirrors")
+SECTIONS = {**dict.fromkeys(("seed_everything", "model_class", "model")), "data": DATA_KEYS}
 WAY_OUT = "choose another place with --output"
 
 
@@ -89,7 +90,7 @@ def _tested(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     if not settings.ckpt_path:
         return None
     state = read_checkpoint(Path(settings.ckpt_path))
-    return state, checked_config(state, settings, {"seed_everything": None, "model": None, "data": DATA_KEYS})
+    return state, checked_config(state, settings, SECTIONS)
 
 
 if __name__ == "__main__":

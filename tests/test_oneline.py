@@ -20,7 +20,7 @@ import lit_cifar.fit
 from lit_cifar import log
 from lit_cifar.cli import blame, checks, machine
 from lit_cifar.cli.command import CLI, set_up
-from lit_cifar.cli.parser import gist
+from lit_cifar.cli.wording import gist
 from lit_cifar.data import shapes
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.data.split import Split

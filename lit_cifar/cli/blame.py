@@ -27,8 +27,9 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 import lit_cifar
-from lit_cifar.cli.parser import gist
+from lit_cifar.cli.wording import gist
 from lit_cifar.errors import is_memory, what_calls
+from lit_cifar.model.named import adapt_class_type
 from lit_cifar.text import printable
 
 OURS = str(Path(lit_cifar.__file__).parent) + os.sep
@@ -47,6 +48,14 @@ WAYS_OUT = {
     r"does not have a deterministic implementation": "add --trainer.deterministic warn, or leave it out",
     r"Training spike": "go on from the last state with --resume and a smaller --lr, or give it a larger rtol",
     r"zip\(\) argument 2 is shorter": "it does not know groups that a callback adds: use --model.schedule constant",
+    r"The parameter 'num_classes' expected value": (
+        "these weights are of a net with so many outputs: replace its last layer in a function of your own, or take "
+        "timm.create_model with pretrained true, which does so"
+    ),
+    r"keyword argument 'num_classes'": "name the setting that says how many classes there are, such as n_classes",
+    r"trying to locate the file on the Hub|urlopen error": (
+        "the weights lie on a server that does not answer: train without them, or fetch them where there is a network"
+    ),
     r"pip install|HINT": "install what is missing, or leave it out",
 }
 PARTS = (
@@ -86,9 +95,11 @@ def explain(error: BaseException) -> str | None:
     if place and not way_out and doing not in MAKING:
         return None
     classes = re.findall(r"class_path='[^']*?(\w+)'", str(error))  # in the value that jsonargparse reports
+    making = [frame.f_locals for frame in frames[:num_ours] if frame.f_code is adapt_class_type.__code__]
+    made = [printable(str(variables["value"].get("class_path"))) for variables in making]
     return (
-        f"{' or '.join(classes) or _part(theirs, doing)} failed {doing}{place}: {type(error).__name__}: {message}: "
-        f"{way_out or 'fix it or choose another one'}; --log_level debug prints more"
+        f"{' or '.join(classes) or _part(theirs, doing, *made[-1:])} failed {doing}{place}: {type(error).__name__}: "
+        f"{message}: {way_out or 'fix it or choose another one'}; --log_level debug prints more"
     )
 
 
@@ -106,9 +117,13 @@ def _message(error: BaseException) -> str:
     return text if len(text) <= NUM_CHARACTERS else f"{text[:NUM_CHARACTERS]}..."
 
 
-def _part(frames: list[FrameType], doing: str) -> str:
-    """Which of the things that the user chose was called: the innermost one, but of nested modules the outermost."""
-    part = UNKNOWN.get(doing, "the Trainer")
+def _part(frames: list[FrameType], doing: str, named: str = "") -> str:
+    """Which of the things that the user chose was called: the innermost one, but of nested modules the outermost.
+
+    Args:
+        named: what a config says was to be made, if anything was.
+    """
+    part = named or UNKNOWN.get(doing, "the Trainer")
     for frame in frames:
         found: Any = frame.f_locals.get("self")
         if isinstance(found, LightningModule):

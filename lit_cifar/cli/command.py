@@ -1,9 +1,6 @@
 """The one LightningCLI: from settings to trainer, module and data module. parser.py words what is wrong with settings,
 machine.py knows the machine."""
 
-import importlib
-import inspect
-import pkgutil
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -22,9 +19,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lit_cifar import log
-from lit_cifar.cli import checks, finders, launch, machine
+from lit_cifar.cli import checks, finders, launch, machine, nets
 from lit_cifar.cli.configs import ConfigFile
-from lit_cifar.cli.help import Help
+from lit_cifar.cli.help import ASKING, Help, silent
 from lit_cifar.cli.parser import Parser
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError, calls_chosen
@@ -47,8 +44,6 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # DeviceLoader shares each batch itself
 }
-
-DEFAULT_NET, DEFAULT_NUM_CLASSES = "lit_cifar.nets.Net", 10
 
 
 # finds, in settings, a state to start from, and the config that becomes the defaults
@@ -89,6 +84,7 @@ class CLI(LightningCLI):
         add_arguments: Callable[[Parser], None] = lambda parser: None,
         build: bool = True,
     ) -> None:
+        args = nets.flat(args)
         self._args, self._start, self._logs, self._build = args, start, logs, build
         self._command = shlex.join([*prog.split(), *args])
         self._add_arguments_of_command = add_arguments
@@ -121,6 +117,7 @@ class CLI(LightningCLI):
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, Parser)
         parser.add_argument("--seed_everything", type=int, default=0)
+        parser.add_argument("--model_class", type=str, default=None)
         before = {action.dest for action in parser._actions}
         parser.add_argument(
             "--log_level",
@@ -135,7 +132,8 @@ class CLI(LightningCLI):
         assert isinstance(parser, Parser)
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(Progress, "running_loss")
-        parser.set_defaults({"model.net": {"class_path": DEFAULT_NET}, "model.tf32": False})
+        defaults = {"model.net": {"class_path": nets.DEFAULT_NET}, "model.tf32": False}
+        parser.set_defaults({key: value for key, value in defaults.items() if parser.option(key)})
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_short_flags()
         parser.keep_whole_numbers()
@@ -154,23 +152,30 @@ class CLI(LightningCLI):
         self.options: dict[str, Any] = {key: self.config.pop(key, None) for key in parser.of_command}
 
     def _read(self, parser: Parser, args: list[str]) -> Namespace:
-        silent = [arg for arg in args if not arg.startswith("--print_config")]  # it ends the command when it is read
-        problem: UserError | None = None
+        first, problem = silent(args), None
+        asks = not ASKING.isdisjoint(arg.split("=")[0] for arg in args)
         try:
-            settings = parser.read(silent)
-        except UserError as error:  # perhaps about a setting of the net that a checkpoint names
+            settings = parser.read(first)
+        except UserError as error:  # perhaps about a setting of the net that a checkpoint names, or of --model
             problem = error
             try:
-                settings = parser.settings_without_classes(silent)
+                settings = parser.settings_without_classes(first)
             except UserError:
-                raise error from None
-        started = self._start(settings)
+                if not asks:
+                    raise error from None
+                return parser.read(args)
+        started = None if asks else self._start(settings)
         if started is not None:
             self.state, self._base = started
+        if name := settings.model_class or self._base.get("model_class"):
+            self._model_class = nets.find_module_class(name)
+            self.setup_parser(False, self.parser_kwargs, {})  # whose flags are those of its signature
+            parser = self.parser
+        if started is not None:
             parser.start_from(self._base)
-        elif problem:
+        elif problem and not (asks or name):
             raise problem
-        elif silent == args:
+        elif first == args and not name:
             return settings
         return parser.read(args)
 
@@ -222,22 +227,14 @@ class CLI(LightningCLI):
         return run or Run.new(Path(settings["default_root_dir"] or "."))
 
     def _set_num_classes(self) -> CIFAR10DataModule:
-        """Gives the net as many outputs as the data has classes, where the config leaves the net's own default.
+        """Gives the net as many outputs as the data has classes; a checkpoint's net keeps its number.
 
-        A checkpoint's net keeps its number. Returns what looked at the data, and prepared it if it had to.
+        Returns what looked at the data, and prepared it if it had to.
         """
         data = CIFAR10DataModule(self.config["data"]["data_dir"], self.config["data"]["dataset"])
-        net = self.config["model"]["net"]
-        parameter = _parameter(net["class_path"], "num_classes")
-        if not self._base and parameter is not None:
-            # a net named in place of the default one inherits the default one's value for what both take
-            untouched = (parameter.default, DEFAULT_NUM_CLASSES)
-            if net["init_args"]["num_classes"] in untouched:
-                with machine.on_each_node():
-                    net["init_args"]["num_classes"] = data.count_classes()
-            num_classes = net["init_args"]["num_classes"]
-            if isinstance(num_classes, int) and num_classes < 1:
-                raise UserError(f"--model.net.num_classes {num_classes} is out of range: choose 1 or more")
+        if not self._base:
+            with machine.on_each_node():
+                nets.set_num_classes(self.config["model"]["net"], data.count_classes)
         return data
 
     @calls_chosen("to be set up")
@@ -378,16 +375,6 @@ def set_up(args: list[str], **settings: Any) -> CLI:
 def _recipe(configs: Sequence[Any] | None) -> str:
     """What people call a training run: the names of its --config files; None stands for a config typed in full."""
     return "+".join(Path(str(path)).stem if path else "typed" for path in configs or ()) or "tutorial"
-
-
-def _parameter(class_path: str, name: str) -> inspect.Parameter | None:
-    """A parameter in the own signature of a class or function, not one that it hands on by **kwargs."""
-    module, _, name_in_module = class_path.rpartition(".")
-    try:  # before a module of that name, such as torchvision.models.alexnet, which holds a function alexnet
-        named = getattr(importlib.import_module(module), name_in_module)
-    except (ImportError, AttributeError):  # a class within a class
-        named = pkgutil.resolve_name(class_path)
-    return inspect.signature(named).parameters.get(name)
 
 
 def _as_list(value: Any) -> list[Any]:

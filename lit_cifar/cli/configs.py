@@ -52,6 +52,18 @@ def find_config(name: str, flag: str, kind: str = "") -> str:
     )
 
 
+def with_class(config: dict[str, Any]) -> dict[str, Any]:
+    """A config whose module's class, written as in LightningCLI's subclass mode, stands under model_class."""
+    model = config.get("model")
+    if isinstance(model, str):
+        model = {"class_path": model}
+    if not isinstance(model, dict) or "class_path" not in model:
+        return dict(config)
+    others = {key: value for key, value in model.items() if key not in ("class_path", "init_args")}
+    settings = {**others, **(model.get("init_args") or {})}
+    return {**config, "model_class": model["class_path"], "model": settings}
+
+
 class ConfigFile(ActionConfigFile):
     """--config, whose file is named where it cannot be read."""
 

@@ -11,6 +11,7 @@ from lit_cifar.text import definitions, nearest, wrapped
 
 USAGE = "[--config FILE ...] [--FLAG VALUE ...] [--any.dotted.key VALUE]"
 ALL = "all"
+ASKING = frozenset(("-h", "--help"))
 
 
 class Help(argparse._HelpAction):
@@ -60,3 +61,10 @@ def summary(parser: Parser) -> str:
         ),
     ]
     return "\n\n".join(parts)
+
+
+def silent(args: list[str]) -> list[str]:
+    """A command line without the flags that end the command when they are read: --help and --print_config."""
+    groups = {i + 1 for i, arg in enumerate(args[:-1]) if arg in ASKING and not args[i + 1].startswith("-")}
+    ending = ("--help=", "--print_config")
+    return [arg for i, arg in enumerate(args) if not (i in groups or arg in ASKING or arg.startswith(ending))]

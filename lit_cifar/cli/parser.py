@@ -18,6 +18,8 @@ from jsonargparse._typehints import ActionTypeHint
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_cifar.cli.configs import with_class
+from lit_cifar.cli.wording import bounds_of, gist, habit, plain
 from lit_cifar.errors import FlagParser, UserError, calls_chosen
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import TTA
@@ -33,6 +35,7 @@ SHORT_FLAGS = {
     "dataset": ("data.dataset", "cifar10, cifar100, or shapes: embedded, no download"),
     "batch_size": ("data.batch_size", "images of one optimiser step, shared by all devices"),
     "lr": ("model.lr", "learning rate"),
+    "model": ("model_class", "class to train in place of LitClassifier, a subclass: package.Class"),
     "compile": ("model.compile", "compile the net: true or false"),
     "max_epochs": ("trainer.max_epochs", "passes over the training images"),
     "devices": ("trainer.devices", "number of devices on each node, or 'auto'"),
@@ -46,10 +49,6 @@ SHORT_FLAGS = {
 PATHS = {"data_dir", "default_root_dir", "resume", "ckpt_path", "output", "study", "storage"}  # settings that are paths
 TRUST = "true: make classes that the checkpoint names, of any package"
 LOST = "Unable to serialize instance "  # what jsonargparse writes in place of a default that is no plain value
-# jsonargparse lists a reason for each type that a value may have: any wrong value has the first ones, and a class that
-# is meant for one type has the others for the other types
-EVERY_TYPES = "Expected a (<class|path but|typing)|Does not validate|Not a valid subclass|a class path|a dict "
-OTHER_TYPES = "Import path|Expected a dot|unknown"
 
 # such as the interval of Lightning's Timer, which is a default and no text
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -83,6 +82,7 @@ class Parser(LightningArgumentParser):
     """LightningCLI's parser with short flags beside the dotted ones, and errors as UserError."""
 
     typed: Sequence[str] = ()  # the command line, for messages
+    _is_lenient = False
     of_command: tuple[str, ...] = ()  # flags that say what to do this once, and are no part of the config
 
     def __init__(self, **settings: Any) -> None:
@@ -101,10 +101,15 @@ class Parser(LightningArgumentParser):
         places; tests/test_cli.py pins that.
         """
         for short, (dotted, text) in SHORT_FLAGS.items():
-            action = self._find(dotted)
-            action.option_strings = [f"--{short}", *action.option_strings]
+            if (action := self.option(dotted)) is None:  # a class of the user's own does without it
+                continue
+            if short not in (self.groups or ()):  # or jsonargparse would take model's settings for this one
+                action.option_strings = [f"--{short}", *action.option_strings]
             self._option_string_actions[f"--{short}"] = action
             action.help = text
+        self._option_string_actions["--model"] = self._option_string_actions[
+            "--model_class"
+        ]  # in place of --model FILE
 
     def keep_whole_numbers(self) -> None:
         """Lets 1 stay 1 where a setting takes shares and numbers: jsonargparse tries float first, and 1 means one batch
@@ -114,9 +119,6 @@ class Parser(LightningArgumentParser):
             if float in types and int in types and get_origin(typehint) in (Union, UnionType):
                 others = [kind for kind in types if kind not in (int, float)]
                 action._typehint = Union[(int, float, *others)]  # type: ignore[attr-defined]
-
-    def _find(self, dest: str) -> argparse.Action:
-        return next(action for action in self._actions if action.dest == dest)
 
     def option(self, key: str) -> argparse.Action | None:
         """The option that a key means, dotted or short; None when there is none of this name."""
@@ -131,19 +133,28 @@ class Parser(LightningArgumentParser):
         """Jsonargparse's reading of a config: it would take one within it, and lose settings of it (4.53)."""
         if isinstance(cfg, dict) and "config" in cfg and not parent_key:
             self.error("cannot name another config: give --config twice, with the one that wins second")
+        if isinstance(cfg, dict) and not parent_key:
+            cfg = with_class(cfg)
+            if self._is_lenient:
+                cfg.pop("model", None)
         found: Namespace = super()._apply_actions(cfg, parent_key, *args, **settings)
         return found
 
     def _explain(self, message: str) -> str:
         """One line out of jsonargparse's several: the flag as typed, what is wrong, the nearest right one."""
-        found = re.match(r'[Pp]arser key "([^"]+)":', message)
-        if found and (reason := gist(message)) != message:
-            if found[1] == "trainer.logger":
+        if line := habit(message):
+            return line
+        reason, message = " ".join(gist(message).split()), " ".join(message.split())
+        if found := re.match(r'[Pp]arser key "([^"]+)": ?(.*)', message):
+            where = self._as_typed(found[1].rstrip("+"))
+            if found[1] == "trainer.logger" and reason != message:
                 from lit_cifar.run.chosen import named_logger  # and TensorBoard, which many a command does without
 
                 reason = named_logger(reason)
-            return f"{self._as_typed(found[1].rstrip('+'))}: {reason}"
-        message = " ".join(message.split())
+            if (missing := re.search(r"arguments are required: (\w+)", reason)) and where.startswith("--model."):
+                return f"{where}: it needs more settings: add {where}.{missing[1]} VALUE"
+            if reason != message or found[2].startswith("unknown key"):  # of a class's settings, whose parser words it
+                return f"{where}: {found[2] if reason == message else reason}"
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
             typed = found[1].split("=")[0]
@@ -151,14 +162,15 @@ class Parser(LightningArgumentParser):
         if found := re.search(r"(?:Group '(\S+)' does not accept option|Option|[Kk]ey) '(\S+)'", message):
             key = f"{found[1]}.{found[2]}" if found[1] else found[2]
             near = nearest(key, [flag[2:] for flag in flags])
-            return f"unknown key {key!r} in the config{near}; --print_config lists the keys"
+            where = "" if self.usage else " in the config; --print_config lists the keys"  # of a class, or of all
+            return f"unknown key {key!r}{near}{where}"
         if message.startswith("Problems parsing config"):
             return f"no valid YAML: {message.split(': ', 1)[-1]}"
         message = re.sub(r'[Pp]arser key "([^"]+)":', lambda key: f"{self._as_typed(key[1])}:", message)
         if found := re.search(r"^(.*?): Expected a (.*)\. Got value: (.*)$", message):
             where, expected, given = found.groups()
             choices = re.findall(r"'([^']*)'", expected) if "Literal[" in expected else []
-            return f"{where}: expected {_plain(expected)}, got {given}{nearest(given, choices)}"
+            return f"{where}: expected {plain(expected)}, got {given}{nearest(given, choices)}"
         if found := re.search(
             r"^(.*?): Not of type \w+: (?:invalid literal for (int)|could not convert string to (float)).*'(.*)'$",
             message,
@@ -169,9 +181,9 @@ class Parser(LightningArgumentParser):
             r"^(.*?): Not of type \w+: (.*) (?:does not conform to restriction (.*)|not an? \w+)$", message
         ):
             where, given, bounds = found.groups()
-            return f"{where}: expected {_bounds(bounds) if bounds else 'a number'}, got {given}"
+            return f"{where}: expected {bounds_of(bounds) if bounds else 'a number'}, got {given}"
         if found := re.search(r"^(.*?): Does not validate .* Subtypes: \[(.*?)\] Errors.* Given value: (.*)$", message):
-            return f"{found[1]}: expected {_plain(found[2])}, got {found[3]}"
+            return f"{found[1]}: expected {plain(found[2])}, got {found[3]}"
         return message
 
     def _as_typed(self, dotted: str) -> str:
@@ -186,10 +198,10 @@ class Parser(LightningArgumentParser):
         return next((flag for flag in spellings if flag in typed), None)
 
     def settings_without_classes(self, args: list[str]) -> Namespace:
-        """What is set, but for the classes of nets, callbacks and the like, and what is set of these: any text passes.
+        """What is set, but for the module, and for the classes of callbacks and the like: any text passes for these.
 
-        This shows which checkpoint to start from. A flag such as --model.net.widths may be one of the net that this
-        checkpoint names, and is checked when that is known.
+        This shows which checkpoint to start from, and which class the module is of. A flag such as --model.net.widths
+        may be one of the net that this checkpoint names, and is checked when that is known.
         """
         actions: list[Any] = [
             action
@@ -197,11 +209,20 @@ class Parser(LightningArgumentParser):
             if ActionTypeHint.is_subclass_typehint(action, all_subtypes=False, also_lists=True)
         ]
         kept = [action._typehint for action in actions]
+        words = zip(args, ["", *args], strict=False)  # each with the one before
+        args = [
+            word
+            for word, before in words
+            if not word.startswith("--model.")
+            and (word.startswith("--") or not before.startswith("--model.") or "=" in before)
+        ]
         try:
+            self._is_lenient = True
             for action in actions:
                 action._typehint = Any
             return self.read(args)
         finally:
+            self._is_lenient = False
             for action, typehint in zip(actions, kept, strict=True):
                 action._typehint = typehint
 
@@ -270,19 +291,6 @@ class NetParser(FlagParser):
         super().error(message)
 
 
-def gist(message: str) -> str:
-    """The reason that matters among those that jsonargparse lists for a value, in one line; other messages stay."""
-    _, *items = re.split(r"\n\s*- ", re.split(r"\n\s*Given value type:", message)[0])
-    told = [" ".join(item.split()) for item in items if not re.match(EVERY_TYPES, item)]
-    told.sort(key=lambda item: bool(re.match(OTHER_TYPES, item)))
-    if not told:
-        return message
-    reason = re.sub(r"^Problem with given class_path '(.*?)': ", r"\1: ", told[0])
-    return re.sub(
-        r"^Expected a dot import path string: (.*)", r"there is no class \1: name it as package.Class", reason
-    )
-
-
 def _plain_only(value: Any, setting: Any) -> Any:
     """A dumped value without what jsonargparse could not dump; texts that it took for objects are what they were set
     to."""
@@ -298,18 +306,6 @@ def _plain_only(value: Any, setting: Any) -> Any:
             if not str(inner).startswith(LOST) or isinstance(old.get(key), str)
         }
     return value
-
-
-def _bounds(restriction: str) -> str:
-    """A restriction as jsonargparse writes it, v>=0 and v<=1, for people."""
-    words = {">=": "at least", ">": "above", "<=": "at most", "<": "below"}
-    return "a number " + re.sub(r"v(>=|>|<=|<)", lambda sign: f"{words[sign[1]]} ", restriction)
-
-
-def _plain(types: str) -> str:
-    """Types as jsonargparse names them, for people."""
-    types = re.sub(r"<class '([^']*)'>|typing.Literal\[(.*?)\]", r"\1\2", types)
-    return types.replace("'", "").replace("NoneType", "null")
 
 
 def _expanded(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Tries a net on a few black images before anything is written, so that what it cannot do is known then. module.py
 trains it."""
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from lit_cifar.errors import UserError, calls_chosen, is_memory
 from lit_cifar.text import printable
 
+IMAGE_SIZES = ("img_size", "image_size", "input_size")  # what nets call the side of the images that they are made for
 OWN = "lit_cifar.nets."  # nets of this package, whose failures are bugs
 
 
@@ -111,14 +113,16 @@ def _logits(
     except Exception as error:
         if is_memory(error) or (side is None and type(net).__module__.startswith(OWN)):
             raise
-        reason = printable(" ".join(str(error).split()))[:300]
+        reason = printable(" ".join(str(error).split())).rstrip(".")[:300]
         raise UserError(
-            f"{name} cannot use images of {size}{mode} ({type(error).__name__}: {reason}): choose a net for images of "
-            "this size, or fix it; --log_level debug prints more"
+            f"{name} cannot use images of {size}{mode} ({type(error).__name__}: {reason}): {_way_out(net, error)}; "
+            "--log_level debug prints more"
         ) from error
     if not isinstance(logits, Tensor):
-        hint = ": try --model.net.aux_logits false" if hasattr(net, "aux_logits") else ""
-        raise UserError(f"{name} gives {type(logits).__name__}{mode}, not logits, a tensor (B, K){hint}")
+        kind = type(logits).__name__
+        parts = ", ".join(map(printable, map(str, logits))) if isinstance(logits, Mapping) else ""
+        hint = "try --model.net.aux_logits false" if hasattr(net, "aux_logits") else "return the logits alone"
+        raise UserError(f"{name} gives {kind}{parts and f' ({parts})'}{mode}, not logits, a tensor (B, K): {hint}")
     if logits.ndim != 2 or len(logits) != num_images:
         raise UserError(
             f"{name} gives a tensor {tuple(logits.shape)} for {num_images} image(s){mode}: return logits (B, K), one "
@@ -127,3 +131,15 @@ def _logits(
     if not logits.is_floating_point():
         raise UserError(f"{name} gives logits of {logits.dtype}{mode}: return real floating-point numbers")
     return logits
+
+
+def _way_out(net: nn.Module, error: Exception) -> str:
+    """What to do about a net that failed on images of one size, or for another reason."""
+    if isinstance(error, TypeError) and "argument" in str(error):
+        return "its forward gets the images alone, and returns logits; name a net that does so"
+    name = next((name for name in IMAGE_SIZES if name in inspect.signature(type(net)).parameters), None)
+    return (
+        f"set --model.net.{name} 32, or choose another net"
+        if name
+        else "choose a net for images of this size, or fix it"
+    )

@@ -15,6 +15,7 @@ from lit_cifar import log
 from lit_cifar.data.images import pixels_of
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.files import local_path
+from lit_cifar.model import named  # noqa: F401  of which _make_net's parser learns what names mean
 from lit_cifar.model.check import shape_lazy_layers
 from lit_cifar.run.folder import Run
 from lit_cifar.run.read import State, read_checkpoint

@@ -19,6 +19,7 @@ from lit_cifar.model.batch import Intake, images_of
 from lit_cifar.model.check import check_training, count_logits, shape_lazy_layers
 from lit_cifar.model.classifier import TTA, normalise, views
 from lit_cifar.model.data import data_of, some_batches
+from lit_cifar.model.named import way_to_classes
 from lit_cifar.model.optim import Group, Schedule
 from lit_cifar.model.ranges import (
     ClosedUnitInterval,
@@ -219,7 +220,7 @@ class LitClassifier(SavedModule):
         if num_logits != len(classes):
             raise UserError(
                 f"{type(self.net).__name__} gives {num_logits} logits but the data has {len(classes)} classes: "
-                f"set --model.net.num_classes {len(classes)}"
+                + way_to_classes(self.net, self.config.get("model", {}).get("net", {}), len(classes))
             )
         self.classes = classes
         self.tallies = nn.ModuleDict({stage: Tally(len(classes)) for stage in STAGES}).to(self.mean.device)
