@@ -139,9 +139,13 @@ class Parser(LightningArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
             typed = found[1].split("=")[0]
+            if line := self._of_lightning_cli(typed[2:]):
+                return line
             return f"unknown flag {typed}{nearest(typed, flags)}; --help lists the flags"
         if found := re.search(r"(?:Group '(\S+)' does not accept option|Option|[Kk]ey) '(\S+)'", message):
             key = f"{found[1]}.{found[2]}" if found[1] else found[2]
+            if line := self._of_lightning_cli(key):
+                return line
             near = nearest(key, [flag[2:] for flag in flags])
             return f"unknown key {key!r} in the config{near}; --print_config lists the keys"
         if message.startswith("Problems parsing config"):
@@ -166,6 +170,18 @@ class Parser(LightningArgumentParser):
             return f"{found[1]}: expected {_plain(found[2])}, got {found[3]}"
         return message
 
+    @staticmethod
+    def _of_lightning_cli(key: str) -> str | None:
+        """The line that works, for those who know LightningCLI's own flags and keys."""
+        found = re.match(r"(optimizer|lr_scheduler)(\.|$)", key)
+        if not found:
+            return None
+        name, path = {
+            "optimizer": ("optimizer", "torch.optim.AdamW"),
+            "lr_scheduler": ("scheduler", "torch.optim.lr_scheduler.StepLR --model.scheduler.step_size 10"),
+        }[found[1]]
+        return f"{key!r} is a setting of the model here: --model.{name} {path}; in YAML, put {name}: under model:"
+
     def _as_typed(self, dotted: str) -> str:
         """The spelling of an option in this command line, or else its last."""
         found = next((action.option_strings for action in self._actions if action.dest == dotted), [f"--{dotted}"])
@@ -187,6 +203,7 @@ class Parser(LightningArgumentParser):
             action
             for action in self._actions
             if ActionTypeHint.is_subclass_typehint(action, all_subtypes=False, also_lists=True)
+            or ActionTypeHint.is_return_subclass_typehint(getattr(action, "_typehint", None))
         ]
         kept = [action._typehint for action in actions]
         try:
