@@ -7,7 +7,6 @@ from typing import Any
 from lit_cifar.cli.configs import recipes
 from lit_cifar.cli.parser import SHORT_FLAGS, Parser
 from lit_cifar.errors import UserError
-from lit_cifar.model.optim import OPTIONS
 from lit_cifar.text import definitions, nearest, wrapped
 
 USAGE = "[--config FILE ...] [--FLAG VALUE ...] [--any.dotted.key VALUE]"
@@ -43,8 +42,7 @@ def summary(parser: Parser) -> str:
     flags += [(f"--{action.dest}", str(action.help)) for action in own]
     defaults = parser.get_defaults()
     for short, (dotted, text) in SHORT_FLAGS.items():
-        default = defaults.get(dotted) if dotted != "model.lr" else f"{OPTIONS['lr']}, or --model.optimizer's own"
-        flags.append((f"--{short}", f"{text} (default: {default}) [--{dotted}]"))
+        flags.append((f"--{short}", f"{text} (default: {defaults.get(dotted)}) [--{dotted}]"))
     dotted_twins = {dotted for dotted, _ in SHORT_FLAGS.values()}
     groups = []
     for name, group in (parser.groups or {}).items():

@@ -32,7 +32,7 @@ SHORT_FLAGS = {
     ),
     "dataset": ("data.dataset", "cifar10, cifar100, or shapes: embedded, no download"),
     "batch_size": ("data.batch_size", "images of one optimiser step, shared by all devices"),
-    "lr": ("model.lr", "learning rate"),
+    "lr": ("model.lr", "learning rate; None: 0.001, or that of --model.optimizer"),
     "compile": ("model.compile", "compile the net: true or false"),
     "max_epochs": ("trainer.max_epochs", "passes over the training images"),
     "devices": ("trainer.devices", "number of devices on each node, or 'auto'"),

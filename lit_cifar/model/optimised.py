@@ -87,8 +87,8 @@ class OptimisedModule(LightningModule):
         largest = largest[0] if isinstance(largest, (list, tuple)) else largest
         if lr not in (None, largest) or any(group.lr is not None for group in groups):
             raise UserError(
-                f"--model.scheduler sets the rates itself, up to its max_lr {largest}: leave --model.lr and the groups' "
-                "lr out; max_lr may be a list, with one for each group"
+                f"--model.scheduler sets the rates itself, up to its max_lr {largest}: leave --model.lr and the "
+                "groups' lr out; max_lr may be a list, with one for each group"
             )
         return float(largest)
 
@@ -109,7 +109,7 @@ class OptimisedModule(LightningModule):
                     f"--model.{key} {ours} and --model.optimizer.{key} {theirs} contradict each other: give one of them"
                 )
         if not self._is_lr_given:
-            self.lr, self._is_lr_given = float(named.param_groups[0]["lr"]), True
+            self.lr, self._is_lr_given = float(named.defaults.get("lr", named.param_groups[0]["lr"])), True
 
     def note_optimizer(self, settings: dict[str, Any]) -> None:
         """Puts into a config's settings of the model the numbers that they leave open; the rate stands there once."""
@@ -194,8 +194,8 @@ class OptimisedModule(LightningModule):
         wrong = [repr(key) for key, value in state.items() if not is_plain(value, (torch.Tensor, tuple))]
         if wrong:
             raise UserError(
-                f"--model.scheduler: the state of {name} cannot be saved, for what it has in {', '.join(wrong)}: give it "
-                "a state_dict() of numbers, texts, lists and dicts, and a load_state_dict()"
+                f"--model.scheduler: the state of {name} cannot be saved, for what it has in {', '.join(wrong)}: give "
+                "it a state_dict() of numbers, texts, lists and dicts, and a load_state_dict()"
             )
 
     def _num_calls(self, interval: Interval) -> int:
@@ -266,6 +266,23 @@ class OptimisedModule(LightningModule):
             configs[0].scheduler = optimizer.lit_cifars_schedule = self._make_scheduler(optimizer)["scheduler"]
         else:
             self._check_length(schedule, configs[0].interval)  # type: ignore[arg-type]
+
+    def on_train_epoch_end(self) -> None:
+        """Tells our ReduceLROnPlateau what it follows. Lightning does so after states are saved, and not at the end of
+        an epoch that was resumed in its middle, so that a resumed run would go on with another rate."""
+        for config in self.trainer.lr_scheduler_configs:
+            if self._follows(config.scheduler) and (self.current_epoch + 1) % config.frequency == 0:
+                value = self.trainer.callback_metrics.get(str(config.monitor))
+                if value is not None:  # else the validation was before the state that was resumed
+                    config.scheduler.step(value)  # type: ignore[arg-type]
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if not self._follows(scheduler):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def _follows(self, scheduler: Any) -> bool:
+        is_ours = scheduler is getattr(self.trainer.optimizers[0], "lit_cifars_schedule", None)
+        return is_ours and isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
 
     def _wanted(self, interval: Any) -> tuple[float, int | None]:
         length = self._made_for[1] if self._made_for else None

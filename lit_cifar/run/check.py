@@ -113,8 +113,8 @@ def _goes_on(schedule: Any, state: dict[str, Any]) -> bool:
 
 
 def _wrong_in_steps(optimizer: Any, state: dict[str, Any]) -> str | None:
-    """What is wrong with what an optimiser keeps for each weight. Momentum's shapes tell; any other optimiser takes a step
-    with it, on copies of the weights, and is spent by that."""
+    """What is wrong with what an optimiser keeps for each weight. Momentum's shapes tell; other optimisers take a step
+    with it, on copies of the weights, and are spent by that."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if type(optimizer).__name__ in ("SGD", "MuonSGD"):
         buffers = {number: {"momentum_buffer": weight} for number, weight in enumerate(weights)}
