@@ -170,6 +170,7 @@ def chain(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
     return lr_scheduler.ChainedScheduler([lr_scheduler.LinearLR(optimizer), lr_scheduler.ExponentialLR(optimizer, 0.9)])
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # of torch 2.8's own SequentialLR
 @pytest.mark.parametrize("scheduler", [sequence, chain])
 @pytest.mark.parametrize("optimizer", [None, AdamW])
 def test_schedulers_of_schedulers_resume_to_the_bit_in_python(scheduler: Any, optimizer: Any) -> None:

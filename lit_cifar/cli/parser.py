@@ -134,7 +134,7 @@ class Parser(LightningArgumentParser):
         """One line out of jsonargparse's several: the flag as typed, what is wrong, the nearest right one."""
         found = re.match(r'[Pp]arser key "([^"]+)":', message)
         if found and (reason := gist(message)) != message:
-            return f"{self._as_typed(found[1].rstrip('+'))}: {reason}"
+            return f"{self._as_typed(found[1].rstrip('+'))}: {_in_words(reason)}"
         message = " ".join(message.split())
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
@@ -155,17 +155,7 @@ class Parser(LightningArgumentParser):
             where, expected, given = found.groups()
             choices = re.findall(r"'([^']*)'", expected) if "Literal[" in expected else []
             return f"{where}: expected {_plain(expected)}, got {given}{nearest(given, choices)}"
-        if found := re.search(
-            r"^(.*?): Not of type \w+: (?:invalid literal for (int)|could not convert string to (float)).*'(.*)'$",
-            message,
-        ):
-            where, *kinds, given = found.groups()
-            return f"{where}: expected {kinds[0] or kinds[1]}, got {given}"
-        if found := re.search(
-            r"^(.*?): Not of type \w+: (.*) (?:does not conform to restriction (.*)|not an? \w+)$", message
-        ):
-            where, given, bounds = found.groups()
-            return f"{where}: expected {_bounds(bounds) if bounds else 'a number'}, got {given}"
+        message = _in_words(message)
         if found := re.search(r"^(.*?): Does not validate .* Subtypes: \[(.*?)\] Errors.* Given value: (.*)$", message):
             return f"{found[1]}: expected {_plain(found[2])}, got {found[3]}"
         return message
@@ -307,6 +297,20 @@ def _plain_only(value: Any, setting: Any) -> Any:
             if not str(inner).startswith(LOST) or isinstance(old.get(key), str)
         }
     return value
+
+
+def _in_words(message: str) -> str:
+    """A message with what is wrong with a number, for people."""
+    message = re.sub(
+        r"Not of type \w+: (?:invalid literal for (int)|could not convert string to (float)).*'(.*)'$",
+        r"expected \1\2, got \3",
+        message,
+    )
+    return re.sub(
+        r"Not of type \w+: (.*) (?:does not conform to restriction (.*)|not an? \w+)$",
+        lambda found: f"expected {_bounds(found[2]) if found[2] else 'a number'}, got {found[1]}",
+        message,
+    )
 
 
 def _bounds(restriction: str) -> str:
