@@ -76,9 +76,10 @@ def prepare(command: CLI, *stages: str) -> None:
             data.setup(stage)
     data.train_batches()
     finders.check_finders(command.trainer, command.model, data)
+    command.model.trainer, command.trainer.datamodule = command.trainer, data  # type: ignore[attr-defined]
     if command.state:
         command.model.check_fits(command.state, data.classes)
-        command.model.trainer, command.trainer.datamodule = command.trainer, data  # type: ignore[attr-defined]
+        _check_optimizer(command.state.config.get("model", {}), command.plain_config["model"])
         check_state(command.state, command.trainer, command.model)
         _check_position(command.state, command.plain_config, len(data.train_batches()))
         _check_length(command.state, command.trainer)
@@ -247,6 +248,22 @@ def _check_position(state: State, config: dict[str, Any], num_batches: int) -> N
             f"--resume: the checkpoint has {position['batch']} batches of an epoch behind it, which has {num_batches} "
             "now: use the data that the run began with"
         )
+
+
+def _check_optimizer(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """The state of a scheduler of the user's holds what it was made with, and torch restores it over what is wanted."""
+    keys = ["optimizer", "scheduler"]
+    if before.get("scheduler") and now.get("scheduler"):
+        keys += ["scheduler_interval", "lr", "momentum", "weight_decay", "nesterov", "groups"]
+    for key in keys:
+        values = [settings.get(key) for settings in (before, now)]
+        if key == "optimizer" and len(keys) == 2:  # of which the rest can be changed
+            values = [value and value["class_path"] for value in values]
+        if values[0] != values[1]:
+            raise UserError(
+                f"--resume: --model.{key} was {values[0]} and is now {values[1]}; with an optimiser or a scheduler of "
+                "torch a run goes on with what it began with: leave the flag out"
+            )
 
 
 def _results(command: CLI, tested: str | None, seconds: dict[str, Any]) -> dict[str, Any]:

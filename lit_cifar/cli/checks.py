@@ -160,6 +160,30 @@ def check_training(trainer: Trainer, module: LitClassifier, data: CIFAR10DataMod
     check_callbacks(trainer, module)
     validates = bool(data.num_val and trainer.limit_val_batches)
     check_monitors(trainer, module, data.classes, validates)
+    if module.has_own_optimizer:
+        check_scheduler(module.configure_optimizers(), data.classes, validates)
+
+
+def check_scheduler(configured: Any, classes: tuple[str, ...], validates: bool) -> None:
+    """Checks that the value which a scheduler follows will be there.
+
+    Args:
+        configured: the optimiser and the scheduler, as the Trainer takes them.
+        classes: names of the classes.
+        validates: whether there are validation images.
+
+    Raises:
+        UserError: it will not.
+    """
+    watched = configured["lr_scheduler"].get("monitor") if isinstance(configured, dict) else None
+    names = ["val/loss", "val/accuracy", "val/calibration_error", *(f"val/accuracy/{name}" for name in classes)]
+    names = ["train/loss", *(names if validates else [])]
+    if watched is not None and watched not in names:
+        way_out = "" if validates else "; without validation there is no other: add --data.num_val 5000"
+        raise UserError(
+            f"--model.scheduler_monitor {printable(watched)} is not logged: choose one of "
+            f"{', '.join(map(printable, names[:NUM_NAMES]))}{way_out}"
+        )
 
 
 def check_limits(trainer: Trainer, num_batches: dict[str, int]) -> None:

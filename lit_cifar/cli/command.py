@@ -214,10 +214,14 @@ class CLI(LightningCLI):
         self.datamodule.adopt_prepared(data)
         self.datamodule.trainer = self.trainer
         self.model.config = self.plain_config
+        self.model.note_settings()
+        self.config_text = yaml.safe_dump(self.plain_config, sort_keys=False, allow_unicode=True)
         self.model.recipe = (self.state and self.state.recipe) or _recipe(self.config.get("config"))
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (Checkpoints, Progress)):
                 callback.run = self.run
+            if isinstance(callback, OpenRun):
+                callback.config = self.config_text
 
     def _find_run(self) -> Run | None:
         settings = self.config["trainer"]

@@ -81,6 +81,10 @@ def check_finders(trainer: Trainer, model: LitClassifier, data: CIFAR10DataModul
                     "LearningRateFinder finds --model.lr, and each group of --model.groups has an lr of its own: leave "
                     "it out in one, or leave out the finder"
                 )
+            if model.sets_rates_itself and not finder._attr_name:
+                raise UserError(
+                    "LearningRateFinder finds --model.lr, and --model.scheduler has its max_lr: leave one out"
+                )
             _warn_of_few_steps(trainer, finder, len(data.train_batches()))
         if isinstance(finder, BatchSizeFinder):
             # the run's draws begin after a search where they would without, as LearningRateFinder sees to by itself

@@ -19,7 +19,7 @@ from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_cifar.cli.configs import with_class
-from lit_cifar.cli.wording import bounds_of, gist, habit, plain
+from lit_cifar.cli.wording import gist, habit, in_words, plain
 from lit_cifar.errors import FlagParser, UserError, calls_chosen
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import TTA
@@ -34,7 +34,7 @@ SHORT_FLAGS = {
     ),
     "dataset": ("data.dataset", "cifar10, cifar100, or shapes: embedded, no download"),
     "batch_size": ("data.batch_size", "images of one optimiser step, shared by all devices"),
-    "lr": ("model.lr", "learning rate"),
+    "lr": ("model.lr", "learning rate; None: 0.001, or that of --model.optimizer"),
     "model": ("model_class", "class to train in place of LitClassifier, a subclass: package.Class"),
     "compile": ("model.compile", "compile the net: true or false"),
     "max_epochs": ("trainer.max_epochs", "passes over the training images"),
@@ -154,13 +154,17 @@ class Parser(LightningArgumentParser):
             if (missing := re.search(r"arguments are required: (\w+)", reason)) and where.startswith("--model."):
                 return f"{where}: it needs more settings: add {where}.{missing[1]} VALUE"
             if reason != message or found[2].startswith("unknown key"):  # of a class's settings, whose parser words it
-                return f"{where}: {found[2] if reason == message else reason}"
+                return f"{where}: {found[2] if reason == message else in_words(reason)}"
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
             typed = found[1].split("=")[0]
+            if line := self._of_lightning_cli(typed[2:]):
+                return line
             return f"unknown flag {typed}{nearest(typed, flags)}; --help lists the flags"
         if found := re.search(r"(?:Group '(\S+)' does not accept option|Option|[Kk]ey) '(\S+)'", message):
             key = f"{found[1]}.{found[2]}" if found[1] else found[2]
+            if line := self._of_lightning_cli(key):
+                return line
             near = nearest(key, [flag[2:] for flag in flags])
             where = "" if self.usage else " in the config; --print_config lists the keys"  # of a class, or of all
             return f"unknown key {key!r}{near}{where}"
@@ -171,20 +175,22 @@ class Parser(LightningArgumentParser):
             where, expected, given = found.groups()
             choices = re.findall(r"'([^']*)'", expected) if "Literal[" in expected else []
             return f"{where}: expected {plain(expected)}, got {given}{nearest(given, choices)}"
-        if found := re.search(
-            r"^(.*?): Not of type \w+: (?:invalid literal for (int)|could not convert string to (float)).*'(.*)'$",
-            message,
-        ):
-            where, *kinds, given = found.groups()
-            return f"{where}: expected {kinds[0] or kinds[1]}, got {given}"
-        if found := re.search(
-            r"^(.*?): Not of type \w+: (.*) (?:does not conform to restriction (.*)|not an? \w+)$", message
-        ):
-            where, given, bounds = found.groups()
-            return f"{where}: expected {bounds_of(bounds) if bounds else 'a number'}, got {given}"
+        message = in_words(message)
         if found := re.search(r"^(.*?): Does not validate .* Subtypes: \[(.*?)\] Errors.* Given value: (.*)$", message):
             return f"{found[1]}: expected {plain(found[2])}, got {found[3]}"
         return message
+
+    @staticmethod
+    def _of_lightning_cli(key: str) -> str | None:
+        """The line that works, for those who know LightningCLI's own flags and keys."""
+        found = re.match(r"(optimizer|lr_scheduler)(\.|$)", key)
+        if not found:
+            return None
+        name, path = {
+            "optimizer": ("optimizer", "torch.optim.AdamW"),
+            "lr_scheduler": ("scheduler", "torch.optim.lr_scheduler.StepLR --model.scheduler.step_size 10"),
+        }[found[1]]
+        return f"{key!r} is a setting of the model here: --model.{name} {path}; in YAML, put {name}: under model:"
 
     def _as_typed(self, dotted: str) -> str:
         """The spelling of an option in this command line, or else its last."""
@@ -207,6 +213,7 @@ class Parser(LightningArgumentParser):
             action
             for action in self._actions
             if ActionTypeHint.is_subclass_typehint(action, all_subtypes=False, also_lists=True)
+            or ActionTypeHint.is_return_subclass_typehint(getattr(action, "_typehint", None))
         ]
         kept = [action._typehint for action in actions]
         words = zip(args, ["", *args], strict=False)  # each with the one before

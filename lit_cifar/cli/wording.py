@@ -51,6 +51,20 @@ def gist(message: str) -> str:
     )
 
 
+def in_words(message: str) -> str:
+    """A message with what is wrong with a number, for people."""
+    message = re.sub(
+        r"Not of type \w+: (?:invalid literal for (int)|could not convert string to (float)).*'(.*)'$",
+        r"expected \1\2, got \3",
+        message,
+    )
+    return re.sub(
+        r"Not of type \w+: (.*) (?:does not conform to restriction (.*)|not an? \w+)$",
+        lambda found: f"expected {bounds_of(found[2]) if found[2] else 'a number'}, got {found[1]}",
+        message,
+    )
+
+
 def bounds_of(restriction: str) -> str:
     """A restriction as jsonargparse writes it, v>=0 and v<=1, for people."""
     words = {">=": "at least", ">": "above", "<=": "at most", "<": "below"}

@@ -17,10 +17,12 @@ from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model import kernels
 from lit_cifar.model.batch import Intake, images_of
 from lit_cifar.model.check import check_training, count_logits, shape_lazy_layers
+from lit_cifar.model.chosen import MakeOptimizer, MakeScheduler
 from lit_cifar.model.classifier import TTA, normalise, views
 from lit_cifar.model.data import data_of, some_batches
 from lit_cifar.model.named import way_to_classes
 from lit_cifar.model.optim import Group, Schedule
+from lit_cifar.model.optimised import Interval
 from lit_cifar.model.ranges import (
     ClosedUnitInterval,
     HalfOpenUnitInterval,
@@ -41,14 +43,15 @@ NUM_FIRST_IMAGES = 5000  # training images that a net which asks for it is initi
 
 
 class LitClassifier(SavedModule):
-    """Any net that maps images to logits, with cross-entropy, SGD and exact metrics.
+    """Any net that maps images to logits, with cross-entropy, SGD or another optimiser, and exact metrics.
 
     Args:
         net: maps normalised images (B, 3, 32, 32) to logits (B, K).
-        lr: base learning rate of SGD, 0 or more.
-        momentum: momentum of SGD, 0 to below 1.
-        weight_decay: L2 penalty of SGD, 0 or more.
-        nesterov: Nesterov's form of momentum.
+        lr: base learning rate, 0 or more. None: 0.001, or the default of the `optimizer` that is named.
+        momentum: momentum of SGD and Muon, 0 to below 1. None: 0.9. With an `optimizer` of your own this and the next
+            two are for those that have them, and None leaves them alone.
+        weight_decay: L2 penalty of SGD, 0 or more. None: 0.
+        nesterov: Nesterov's form of momentum. None: false.
         label_smoothing: share of the target spread evenly over all classes, 0 to 1 (arXiv 1512.00567).
         schedule: course of the learning rate over all steps: 'constant', 'linear' or 'cosine' to 0, or 'onecycle'.
         warmup: share of the steps in which the rate rises, 0 to 1.
@@ -58,10 +61,17 @@ class LitClassifier(SavedModule):
             first step; names in the checkpoint stay the same.
         tf32: on CUDA GPUs, round the factors of float32 products to TF32's 10 bits, in convolutions and matrices alike.
             The commands' default is false: 32-true means float32. None: as torch is set.
-        groups: parameter groups with settings of their own, and of kind 'sgd' or 'muon'; none: SGD for all parameters.
+        groups: parameter groups with settings of their own, and of kind 'sgd' or 'muon'; none: one for all parameters.
         sides: side of the images in equal parts of the training run, in pixels, 8 to 32: [24, 32] trains the first half
             on images of 24x24. None: always as they are. Tests always see them as they are.
         tta: test-time augmentation, whose views' logits are averaged: 'none', 'mirror', or 'mirror_shift' (6 views).
+        optimizer: in the place of SGD: a class of torch.optim or of your own, by its path; in Python also a partial of
+            one, or any callable that makes an optimiser of parameters or of groups of them.
+        scheduler: in the place of `schedule`: a class of torch.optim.lr_scheduler or of your own, by its path; in
+            Python also a partial, or any callable that makes a scheduler of an optimiser.
+        scheduler_interval: whether the scheduler is called after each 'step' or 'epoch'. None: step for OneCycleLR and
+            CyclicLR, epoch for others.
+        scheduler_monitor: the logged value that ReduceLROnPlateau follows. None: val/loss.
 
     Raises:
         UserError: a setting is out of its range.
@@ -73,10 +83,10 @@ class LitClassifier(SavedModule):
     def __init__(
         self,
         net: nn.Module,
-        lr: NonNegativeFloat = 0.001,
-        momentum: HalfOpenUnitInterval = 0.9,
-        weight_decay: NonNegativeFloat = 0.0,
-        nesterov: bool = False,
+        lr: NonNegativeFloat | None = None,
+        momentum: HalfOpenUnitInterval | None = None,
+        weight_decay: NonNegativeFloat | None = None,
+        nesterov: bool | None = None,
         label_smoothing: ClosedUnitInterval = 0.0,
         schedule: Schedule = "constant",
         warmup: ClosedUnitInterval = 0.0,
@@ -87,15 +97,21 @@ class LitClassifier(SavedModule):
         groups: list[Group] | None = None,
         sides: list[Side] | None = None,
         tta: TTA = "none",
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
+        scheduler_interval: Interval | None = None,
+        scheduler_monitor: str | None = None,
     ) -> None:
         groups = [Group(**group) if isinstance(group, Mapping) else group for group in groups or []] or None
         mean, std = [float(each) for each in mean], [checked("--model.std", each, PositiveFloat) for each in std]  # type: ignore[assignment]
         settings = {key: plain(value) for key, value in locals().items() if key not in ("self", "net", "__class__")}
-        super().__init__(lr, momentum, weight_decay, nesterov, schedule, warmup, groups)
+        rates = (lr, momentum, weight_decay, nesterov, schedule, warmup, groups)
+        super().__init__(*rates, optimizer, scheduler, scheduler_interval, scheduler_monitor)
         if sides is not None and not sides:
             raise UserError("--model.sides [] names no side; leave it out to train on images as they are")
         shape_lazy_layers(net)
         self.net = net
+        self.settle()
         self.label_smoothing: float = checked("--model.label_smoothing", label_smoothing, ClosedUnitInterval)
         self.sides: list[int] = [checked("--model.sides", side, Side) for side in sides or []]
         self.tta: TTA = tta

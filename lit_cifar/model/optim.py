@@ -15,6 +15,8 @@ from lit_cifar.model.ranges import HalfOpenUnitInterval, NonNegativeFloat, check
 
 Schedule = Literal["constant", "linear", "cosine", "onecycle"]
 Kind = Literal["sgd", "muon"]
+# what the model and its groups set of an optimiser, and what it is for SGD and Muon
+OPTIONS: dict[str, Any] = {"lr": 0.001, "momentum": 0.9, "weight_decay": 0.0, "nesterov": False}
 
 # Coefficients of the quintic iteration, chosen to lift small singular values fastest: it ends near 1, not at 1.
 # Source: Keller Jordan et al., Muon, https://kellerjordan.github.io/posts/muon/
@@ -88,7 +90,7 @@ class Group:
     Args:
         name: what dashboards call the group.
         pattern: regular expression that is searched for in the parameter's name.
-        kind: 'sgd', or 'muon' for convolutions' filters and matrices.
+        kind: 'muon' for convolutions' filters and matrices; 'sgd' for SGD, or the optimiser that the model names.
         lr: base learning rate, 0 or more; null takes the model's, as do the next three.
         momentum: momentum, 0 to below 1.
         weight_decay: L2 penalty, 0 or more; of kind 'sgd' only, since 'muon' keeps each filter bank's norm.
@@ -149,31 +151,6 @@ def claim(named_parameters: Iterable[tuple[str, nn.Parameter]], groups: Sequence
         if not parameters:
             raise UserError(f"--model.groups: {group.name}'s pattern {group.pattern!r} claims no parameter")
     return claimed
-
-
-def make_optimizer(
-    net: nn.Module, groups: Sequence[Group], settings: Sequence[dict[str, Any]], fused: bool
-) -> torch.optim.Optimizer:
-    """The optimiser of a net's trainable parameters.
-
-    Args:
-        groups: its parameter groups; without any, torch's SGD takes all parameters.
-        settings: 'name', 'lr', 'momentum', 'weight_decay' and 'nesterov' of each group, or of all parameters.
-        fused: whether torch's SGD updates all parameters in one call.
-
-    Raises:
-        UserError: the groups do not suit the net (see `claim`).
-    """
-    if not groups:
-        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        return torch.optim.SGD([{**settings[0], "params": parameters}], fused=fused)
-    claimed = claim(net.named_parameters(), groups)
-    return MuonSGD(
-        [
-            {**setting, "kind": group.kind, "params": parameters}
-            for group, setting, parameters in zip(groups, settings, claimed, strict=True)
-        ]
-    )
 
 
 class MuonSGD(torch.optim.Optimizer):

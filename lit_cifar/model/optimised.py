@@ -1,70 +1,233 @@
 """OptimisedModule: the optimiser and the schedule of a training run, from settings to what the Trainer takes. optim.py
 has their arithmetic, module.py the loss."""
 
+import inspect
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
+from torch.optim import lr_scheduler
 
-from lit_cifar.errors import UserError
+from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model import steps
+from lit_cifar.model.chosen import MakeOptimizer, MakeScheduler, class_of, default_of, make_optimizer, one_line
 from lit_cifar.model.data import num_train_batches
-from lit_cifar.model.optim import Group, Schedule, lr_factor, make_optimizer
+from lit_cifar.model.optim import OPTIONS, Group, Schedule, lr_factor
 from lit_cifar.model.ranges import ClosedUnitInterval, HalfOpenUnitInterval, NonNegativeFloat, checked
+from lit_cifar.run.trust import is_plain
+from lit_cifar.run.write import plain
+
+Interval = Literal["step", "epoch"]
+CYCLES = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)  # which go by steps, and have a rate of their own: max_lr
 
 
 class OptimisedModule(LightningModule):
-    """A module whose `net` is trained by SGD, or by groups of SGD and Muon, with a schedule over all steps.
+    """A module whose `net` is trained by SGD, by groups of SGD and Muon, or by an optimiser and a scheduler of the
+    user's, with a schedule over all steps.
 
     Args: those of LitClassifier, which says what they mean.
 
     Raises:
-        UserError: a setting is out of its range.
+        UserError: a setting is out of its range, or two contradict each other.
     """
 
     net: nn.Module
 
+    momentum: float | None
+    weight_decay: float | None
+
     def __init__(
         self,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        nesterov: bool,
+        lr: float | None,
+        momentum: float | None,
+        weight_decay: float | None,
+        nesterov: bool | None,
         schedule: Schedule,
         warmup: float,
         groups: list[Group] | None,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
+        scheduler_interval: Interval | None = None,
+        scheduler_monitor: str | None = None,
     ) -> None:
         super().__init__()
-        if nesterov and not momentum:
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self.sets_rates_itself = "max_lr" in getattr(scheduler, "keywords", {})
+        lr = self._rate_of_cycle(lr, groups or [])
+        self._is_lr_given = optimizer is None or lr is not None
+        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        own = given if optimizer else {key: OPTIONS[key] if value is None else value for key, value in given.items()}
+        if own["nesterov"] and own["momentum"] == 0:
             raise UserError("--model.nesterov true needs --model.momentum above 0")
-        self.lr: float = checked("--model.lr", lr, NonNegativeFloat)
-        self.momentum: float = checked("--model.momentum", momentum, HalfOpenUnitInterval)
-        self.weight_decay: float = checked("--model.weight_decay", weight_decay, NonNegativeFloat)
-        self.nesterov = nesterov
+        self.lr: float = checked("--model.lr", OPTIONS["lr"] if lr is None else lr, NonNegativeFloat)
+        for key, kind in (("momentum", HalfOpenUnitInterval), ("weight_decay", NonNegativeFloat)):
+            setattr(self, key, None if own[key] is None else checked(f"--model.{key}", own[key], kind))
+        self.nesterov: bool | None = None if own["nesterov"] is None else bool(own["nesterov"])
         self.schedule: Schedule = schedule
         self.warmup: float = checked("--model.warmup", warmup, ClosedUnitInterval)
         self.groups = groups or []
         for group in self.groups:
             group.check()
+        if scheduler and (schedule != "constant" or warmup):
+            raise UserError("--model.scheduler takes the place of --model.schedule and --model.warmup: leave these out")
+        for flag, value in (("interval", scheduler_interval), ("monitor", scheduler_monitor)):
+            if value and not scheduler:
+                raise UserError(f"--model.scheduler_{flag} {value} needs --model.scheduler")
+        self.scheduler_interval, self.scheduler_monitor = scheduler_interval, scheduler_monitor
         self._planned_steps: int | None = None
+        self._made_for: tuple[float, int | None] | None = None  # rate and length that the user's scheduler was made for
+
+    def _rate_of_cycle(self, lr: float | None, groups: list[Group]) -> float | None:
+        """The base rate; for a scheduler that sets the rate itself, the largest that it sets."""
+        largest = getattr(self._scheduler, "keywords", {}).get("max_lr")
+        if largest is None:
+            return lr
+        largest = largest[0] if isinstance(largest, (list, tuple)) else largest
+        if lr not in (None, largest) or any(group.lr is not None for group in groups):
+            raise UserError(
+                f"--model.scheduler sets the rates itself, up to its max_lr {largest}: leave --model.lr and the "
+                "groups' lr out; max_lr may be a list, with one for each group"
+            )
+        return float(largest)
+
+    def settle(self) -> None:
+        """Makes the user's optimiser once, before anything is written, for its learning rate and what is wrong with it.
+
+        Raises:
+            UserError: it cannot be made, lacks a setting, or has another value for it than the module.
+        """
+        if self._optimizer is None or not isinstance(self.net, nn.Module):
+            return
+        optimizer = self._make()
+        named = getattr(optimizer, "named", optimizer)
+        for key, theirs in named.defaults.items():
+            ours = getattr(self, key) if key in OPTIONS and (key != "lr" or self._is_lr_given) else None
+            if ours is not None and theirs not in (ours, default_of(type(named), key)):
+                raise UserError(
+                    f"--model.{key} {ours} and --model.optimizer.{key} {theirs} contradict each other: give one of them"
+                )
+        if not self._is_lr_given:
+            self.lr, self._is_lr_given = float(named.defaults.get("lr", named.param_groups[0]["lr"])), True
+
+    def note_optimizer(self, settings: dict[str, Any]) -> None:
+        """Puts into a config's settings of the model the numbers that they leave open; the rate stands there once."""
+        for key in settings.keys() & OPTIONS.keys():
+            if settings[key] is None:
+                settings[key] = getattr(self, key)
+        arguments = (settings.get("optimizer") or {}).get("init_args") or {}
+        if "lr" in arguments and self._optimizer is not None:
+            arguments["lr"] = self.lr
+            if default_of(class_of(self._optimizer), "lr") is not inspect.Parameter.empty:
+                del arguments["lr"]
+
+    @property
+    def has_own_optimizer(self) -> bool:
+        """Whether the optimiser is made here, and not by a subclass."""
+        return type(self).configure_optimizers is OptimisedModule.configure_optimizers
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = make_optimizer(self.net, self.groups, self.settings(), self._can_fuse())
-        if self.schedule == "constant" and not self.warmup:
-            return optimizer
-        self._planned_steps = self._num_steps()
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_factor(step))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        optimizer: Any = self._make()
+        configured: dict[str, Any]
+        optimizer.lit_cifars_schedule = None  # by which it is known as ours
+        if self._scheduler is not None:
+            configured = self._make_scheduler(optimizer)
+        elif self.schedule == "constant" and not self.warmup:
+            made: torch.optim.Optimizer = optimizer
+            return made
+        else:
+            self._planned_steps = self._num_steps(f"--model.schedule {self.schedule}")
+            configured = {
+                "scheduler": lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_factor(step)),
+                "interval": "step",
+            }
+        optimizer.lit_cifars_schedule = configured["scheduler"]
+        return {"optimizer": optimizer, "lr_scheduler": configured}  # type: ignore[return-value]
+
+    def _make(self) -> torch.optim.Optimizer:
+        fused = self._optimizer is None and not self.groups and self._can_fuse()
+        return make_optimizer(self.net, self.groups, self.settings(), fused, self._optimizer)
+
+    @calls_chosen("when the scheduler was made")
+    def _make_scheduler(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The user's scheduler, as the Trainer takes it."""
+        assert self._scheduler is not None
+        kind, keywords = class_of(self._scheduler), getattr(self._scheduler, "keywords", {})
+        more: dict[str, Any] = {}
+        if (
+            kind
+            and issubclass(kind, lr_scheduler.OneCycleLR)
+            and not (keywords.get("total_steps") or keywords.get("epochs"))
+        ):
+            more["total_steps"] = self._num_calls(self.scheduler_interval or "step")
+        self._made_for = self.lr, more.get("total_steps")
+        try:
+            scheduler = self._scheduler(optimizer, **more)
+        except Exception as error:
+            raise UserError(f"--model.scheduler cannot be made: {one_line(error)}") from error
+        name = type(scheduler).__name__
+        if not isinstance(scheduler, lr_scheduler.LRScheduler):
+            raise UserError(f"--model.scheduler gives {name}, no scheduler of torch.optim.lr_scheduler")
+        self._check_state(scheduler)
+        configured: dict[str, Any] = {"scheduler": scheduler}
+        configured["interval"] = self.scheduler_interval or ("step" if isinstance(scheduler, CYCLES) else "epoch")
+        self._check_length(scheduler, configured["interval"])
+        if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+            configured["monitor"] = self.scheduler_monitor or getattr(scheduler, "monitor", "val/loss")
+            if configured["monitor"].startswith("val/"):
+                if configured["interval"] == "step":
+                    raise UserError("--model.scheduler_interval step: a validation's values change with epochs only")
+                configured["frequency"] = self.trainer.check_val_every_n_epoch or 1
+        elif self.scheduler_monitor:
+            raise UserError(f"--model.scheduler_monitor {self.scheduler_monitor}: {name} watches nothing; leave it out")
+        return configured
+
+    @staticmethod
+    def _check_state(scheduler: lr_scheduler.LRScheduler) -> None:
+        """Raises UserError where a scheduler's state cannot be saved: it would be noticed by whoever resumes."""
+        name = type(scheduler).__name__
+        try:
+            state = plain(scheduler.state_dict())
+        except Exception as error:
+            raise UserError(f"--model.scheduler: the state of {name} cannot be saved: {one_line(error)}") from error
+        wrong = [repr(key) for key, value in state.items() if not is_plain(value, (torch.Tensor, tuple))]
+        if wrong:
+            raise UserError(
+                f"--model.scheduler: the state of {name} cannot be saved, for what it has in {', '.join(wrong)}: give "
+                "it a state_dict() of numbers, texts, lists and dicts, and a load_state_dict()"
+            )
+
+    def _num_calls(self, interval: Interval) -> int:
+        """How often a scheduler is called in the whole training run.
+
+        Raises:
+            UserError: the training run has no end.
+        """
+        if interval == "step":
+            return self._num_steps("--model.scheduler OneCycleLR")
+        if (self.trainer.max_epochs or -1) < 0:
+            raise UserError("--model.scheduler_interval epoch needs an end: set --max_epochs")
+        return int(self.trainer.max_epochs or 0)
+
+    def _check_length(self, scheduler: Any, interval: Interval) -> None:
+        """Raises UserError where OneCycleLR would be called after its end, which torch does not allow."""
+        if isinstance(scheduler, lr_scheduler.OneCycleLR):
+            num_calls = self._num_calls(interval)
+            if scheduler.total_steps < num_calls:
+                raise UserError(
+                    f"OneCycleLR ends after {scheduler.total_steps} {interval}s, and the training run has {num_calls}: "
+                    "a run goes on with the end that it began with; give a new one no total_steps"
+                )
 
     def _lr_factor(self, step: int) -> float:
         return lr_factor(step, self.plan_steps(), self.schedule, self.warmup)
 
     def settings(self) -> list[dict[str, Any]]:
-        """Settings of each parameter group; the module's own stand in for those that a group leaves open."""
-        own = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay", "nesterov")}
+        """Settings of each parameter group; the module's own stand in for those that a group leaves open. What both
+        leave open is None: it is up to the user's optimiser."""
+        own = {key: getattr(self, key) if key != "lr" or self._is_lr_given else None for key in OPTIONS}
         return [
             {
                 "name": group.name,
@@ -75,30 +238,76 @@ class OptimisedModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Applies settings changed since the checkpoint, whose own come with a restored optimiser, and plans anew: only
-        now is it known where the training run goes on from, and what a search before it has changed."""
+        now is it known where the training run goes on from, and what a search before it has changed.
+
+        An optimiser that this module did not make stays as it is."""
         trainer = self.trainer
         # Lightning leaves it at 1 for the rest of an epoch that is resumed in its middle
         trainer.accumulate_grad_batches = steps.accumulation(trainer, trainer.current_epoch)
         self._planned_steps = None
-        optimizer = trainer.optimizers[0]
-        if isinstance(optimizer, torch.optim.SGD) and optimizer.state:
+        optimizer: Any = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
+        if not hasattr(optimizer, "lit_cifars_schedule"):
+            return
+        if self._optimizer is None and isinstance(optimizer, torch.optim.SGD) and optimizer.state:
             # it was restored without buffers for weights that had no gradient yet; torch's fused step needs them
             for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
                 optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
         if any("swa_lr" in group for group in optimizer.param_groups):
             return  # restored within stochastic weight averaging, which has a schedule of its own
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        if not all(isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR) for scheduler in schedulers):
+        schedule = optimizer.lit_cifars_schedule
+        configs = trainer.lr_scheduler_configs
+        if [config.scheduler for config in configs] != ([schedule] if schedule else []):
             return  # not of configure_optimizers: such as those with which LearningRateFinder tries rates
-        settings = self.settings()
-        factor = 1.0
-        for scheduler in schedulers:
-            scheduler.base_lrs = [setting["lr"] for setting in settings]
-            factor = self._lr_factor(scheduler.last_epoch)
-        for group, setting in zip(optimizer.param_groups, settings, strict=False):  # a callback may have added some
-            group.update({**setting, "lr": setting["lr"] * factor})
-            if schedulers:
-                group["initial_lr"] = setting["lr"]
+        if self._scheduler is None:
+            self._apply_settings(optimizer, schedule)
+        elif trainer.global_step == 0 and self._made_for != self._wanted(configs[0].interval):
+            self._apply_settings(optimizer, None)
+            for group in optimizer.param_groups:
+                group.pop("initial_lr", None)
+            configs[0].scheduler = optimizer.lit_cifars_schedule = self._make_scheduler(optimizer)["scheduler"]
+        else:
+            self._check_length(schedule, configs[0].interval)  # type: ignore[arg-type]
+
+    def on_train_epoch_end(self) -> None:
+        """Tells our ReduceLROnPlateau what it follows. Lightning does so after states are saved, and not at the end of
+        an epoch that was resumed in its middle, so that a resumed run would go on with another rate."""
+        for config in self.trainer.lr_scheduler_configs:
+            if self._follows(config.scheduler) and (self.current_epoch + 1) % config.frequency == 0:
+                value = self.trainer.callback_metrics.get(str(config.monitor))
+                if value is not None:  # else the validation was before the state that was resumed
+                    config.scheduler.step(value)  # type: ignore[arg-type]
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if not self._follows(scheduler):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def _follows(self, scheduler: Any) -> bool:
+        is_ours = scheduler is getattr(self.trainer.optimizers[0], "lit_cifars_schedule", None)
+        return is_ours and isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+
+    def _wanted(self, interval: Any) -> tuple[float, int | None]:
+        length = self._made_for[1] if self._made_for else None
+        return self.lr, length and self._num_calls(interval)
+
+    def _apply_settings(self, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+        """Gives an optimiser's groups the settings of a new one, but for what optimisers keep there besides."""
+        new = self._make()
+        keys = {"name", *OPTIONS, *inspect.signature(type(getattr(new, "named", new))).parameters}
+        factor = self._lr_factor(schedule.last_epoch) if schedule else 1.0
+        for group, made in zip(optimizer.param_groups, new.param_groups, strict=False):  # a callback may add
+            group.update({key: value for key, value in made.items() if key in keys})
+            if schedule:
+                group["initial_lr"] = made["lr"]
+                group["lr"] = made["lr"] * factor
+        if schedule:
+            schedule.base_lrs = [group["lr"] for group in new.param_groups]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes the states of schedulers readable to whoever resumes: of ours, and of weight averaging's."""
+        checkpoint["lr_schedulers"] = plain(checkpoint.get("lr_schedulers", []))
+        for state in checkpoint.get("callbacks", {}).values():
+            if isinstance(state, dict) and isinstance(state.get("scheduler_state"), dict):
+                state["scheduler_state"] = plain(state["scheduler_state"])
 
     def _can_fuse(self) -> bool:
         # one call for all parameters: 124 instead of 246 us a step for the tutorial's net (one CPU thread, torch 2.15);
@@ -111,14 +320,17 @@ class OptimisedModule(LightningModule):
     def plan_steps(self) -> int:
         """`_num_steps`, counted once for the whole training run, whose learning rate and sides follow it."""
         if self._planned_steps is None:
-            self._planned_steps = self._num_steps()
+            self._planned_steps = self._num_steps(f"--model.schedule {self.schedule}")
         return self._planned_steps
 
-    def _num_steps(self) -> int:
+    def _num_steps(self, what: str = "--model.sides") -> int:
         """Optimiser steps of the whole training run, from where it is: as steps will be made, with what they were.
 
         Not trainer.estimated_stepping_batches: it knows one accumulation factor only, and asked for here, it makes
         Lightning 2.6 forget the loader's position on resume (pytorch-lightning issue 20550).
+
+        Args:
+            what: needs to know them, for messages.
 
         Raises:
             UserError: the training run has no end.
@@ -128,5 +340,5 @@ class OptimisedModule(LightningModule):
         # an epoch without an end may end by steps
         num_steps = trainer.max_steps if math.isinf(num_batches) else steps.steps_at_end(trainer, int(num_batches))
         if num_steps is None or num_steps < 0:
-            raise UserError(f"--model.schedule {self.schedule} needs an end: set --max_epochs or --trainer.max_steps")
+            raise UserError(f"{what} needs an end: set --max_epochs or --trainer.max_steps")
         return max(1, num_steps)

@@ -124,6 +124,7 @@ class SavedModule(OptimisedModule):
         """Brings `config` up to date with the numbers that are trained with, which callbacks such as LearningRateFinder
         and BatchSizeFinder change in the module and the data module; gives whether one had changed."""
         changed = False
+        self.note_optimizer(self.config.get("model", {}))
         for section, owner in (("model", self), ("data", getattr(self._trainer, "datamodule", None))):
             noted = self.config.get(section, {})
             for key, value in noted.items():

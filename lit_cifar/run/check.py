@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import SWALR
 
 from lit_cifar import log
 from lit_cifar.errors import UserError
+from lit_cifar.run.write import plain
 
 POSITION = {"epoch": 0, "batch": 0}  # in the data
 
@@ -57,33 +58,77 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer, module: LightningM
 
 def _wrong_in_optimizer(checkpoint: dict[str, Any], callbacks: list[Callback], module: LightningModule) -> str | None:
     """What is wrong with the states of the optimiser and of the schedule of its learning rate."""
-    configured: Any = module.configure_optimizers()
-    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
-    own_groups = optimizer.state_dict()["param_groups"]
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    buffers = {number: {"momentum_buffer": weight} for number, weight in enumerate(weights)}
-    (state,), schedulers = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
-    groups = state["param_groups"]
+    states, schedulers = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+    if not all(isinstance(state, dict) for state in [*states, *schedulers]):
+        return "optimizer_states"
     if any(isinstance(callback, BaseFinetuning) for callback in callbacks):
         return None  # it has weights and groups that come and go
-    wrong = first_mismatch(state["state"], _common(buffers, state["state"]), "optimizer_states.state")
-    for own, group in zip(own_groups, groups, strict=True):
+    if not getattr(module, "has_own_optimizer", True):
+        return None  # a subclass makes it, of whatever it likes
+    configured: Any = module.configure_optimizers()
+    optimizer, schedule = configured, None
+    if isinstance(configured, dict):
+        optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    (state,) = states
+    own_groups = optimizer.state_dict()["param_groups"]
+    wrong = None
+    for own, group in zip(own_groups, state["param_groups"], strict=True):
         # callbacks leave numbers of theirs in a group, such as the rate that weight averaging ends with
         known = {key: value for key, value in group.items() if key in own or not isinstance(value, (int, float, str))}
+        own = {key: float(value) if type(value) is int else value for key, value in own.items()}  # lr=1 was meant so
         wrong = wrong or first_mismatch(known, _common(own, group), "param_groups")
         for key in {"dampening", "maximize", "differentiable", "foreach"} & own.keys() & group.keys():
             wrong = wrong or (None if group[key] == own[key] else f"param_groups.{key}")  # no settings of ours
     kinds = [LambdaLR(optimizer, lambda step: 1.0).state_dict()]
-    states = [checkpoint["callbacks"].get(callback.state_key) for callback in callbacks if _averages(callback)]
-    if states:
+    averages = [checkpoint["callbacks"].get(callback.state_key) for callback in callbacks if _averages(callback)]
+    if averages:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kinds.append(SWALR(optimizer, swa_lr=0.1).state_dict())  # which the callback puts in the place of our own
-    schedulers = [*schedulers, *(state["scheduler_state"] for state in states if state and state["scheduler_state"])]
-    for scheduler in schedulers:
-        misfits = [first_mismatch(scheduler, kind, "lr_schedulers") for kind in kinds]
-        wrong = wrong or (misfits[0] if all(misfits) else None)
-    return wrong
+            # which the callback puts in the place of our own
+            kinds.append(plain(SWALR(optimizer, swa_lr=0.1).state_dict()))
+    schedulers = [*schedulers, *(state["scheduler_state"] for state in averages if state and state["scheduler_state"])]
+    for found in schedulers:
+        misfits = [first_mismatch(found, kind, "lr_schedulers") for kind in kinds]
+        if all(misfits) and not (getattr(module, "_scheduler", None) and _goes_on(schedule, found)):
+            wrong = wrong or misfits[0]
+    return wrong or _wrong_in_steps(optimizer, state)
+
+
+def _goes_on(schedule: Any, state: dict[str, Any]) -> bool:
+    """Whether a scheduler of the user's, which is spent by that, takes a state and goes on."""
+    try:
+        if schedule.state_dict().keys() != state.keys():
+            return False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            schedule.load_state_dict(copy.deepcopy(state))
+            for group in schedule.optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+            schedule.step(*([0.0] if isinstance(schedule, ReduceLROnPlateau) else []))
+    except ValueError as error:
+        return "total steps" in str(error)  # at its end
+    except Exception:  # anything, of a state that is not its own
+        return False
+    return True
+
+
+def _wrong_in_steps(optimizer: Any, state: dict[str, Any]) -> str | None:
+    """What is wrong with what an optimiser keeps for each weight. Momentum's shapes tell; other optimisers take a step
+    with it, on copies of the weights, and are spent by that."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if type(optimizer).__name__ in ("SGD", "MuonSGD"):
+        buffers = {number: {"momentum_buffer": weight} for number, weight in enumerate(weights)}
+        return first_mismatch(state["state"], _common(buffers, state["state"]), "optimizer_states.state")
+    try:
+        for group in optimizer.param_groups:
+            group["params"][:] = [weight.detach().clone() for weight in group["params"]]
+            for copied in group["params"]:
+                copied.grad = torch.zeros_like(copied)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        optimizer.step(lambda: torch.tensor(0.0))
+    except Exception as error:  # anything, of a state that is not its own
+        return f"optimizer_states.state ({type(error).__name__})"
+    return None
 
 
 def _averages(callback: Callback) -> bool:

@@ -19,6 +19,7 @@ TRUSTED = ("lit_cifar.nets.", "torch.nn.", "torchvision.models.", "torchvision.o
 # Of these it may name the classes that they list, and nothing that they import; Lightning's only for the Trainer, since
 # a net has no use for what writes files and asks hosts.
 OPTIMISERS = ("torch.optim", "torch.optim.lr_scheduler", "torch.optim.swa_utils")
+OF_LIGHTNING_CLI = "lightning.pytorch.cli.ReduceLROnPlateau"  # torch's, with what it follows
 OF_TRAINER = tuple(
     f"lightning.pytorch.{name}"
     for name in ("callbacks", "loggers", "profilers", "strategies", "plugins", "plugins.environments")
@@ -150,7 +151,7 @@ def check_trusted(config: Any, listed: tuple[str, ...] = OPTIMISERS) -> None:
 @functools.cache
 def _classes_of(modules: tuple[str, ...]) -> frozenset[str]:
     """The classes that modules list, each by its names in the listing and in the packages around its definition."""
-    names = set()
+    names = {OF_LIGHTNING_CLI}
     for module in map(importlib.import_module, modules):
         for name in getattr(module, "__all__", vars(module)):  # the one without __all__ holds nothing but its classes
             if inspect.isclass(found := getattr(module, name)):

@@ -4,11 +4,13 @@ was pruned, which belong to it. save.py says when, read.py reads it."""
 import contextlib
 import os
 import pickle
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelPruning
@@ -67,6 +69,17 @@ class DurableCheckpointIO(TorchCheckpointIO):
             lines = str(error).splitlines()  # below a RuntimeError's first line stands where in torch it came from
             reason = getattr(error, "strerror", None) or (lines[0] if lines else type(error).__name__)
             raise UserError(f"checkpoint {path} could not be written ({reason}): {way_out(Path(path))}") from error
+
+
+def plain(state: Any) -> Any:
+    """A scheduler's state as weights_only reads it: without functions, which its class makes anew and are none of its
+    state (SWALR's in torch 2.8), and with numpy's numbers as Python's."""
+    if isinstance(state, dict):
+        values = {key: plain(value) for key, value in state.items() if not callable(value)}
+        return Counter(values) if isinstance(state, Counter) else values  # MultiStepLR asks its Counter
+    if isinstance(state, np.generic):
+        return state.item()
+    return type(state)(map(plain, state)) if type(state) in (list, tuple) else state
 
 
 def way_out(path: Path) -> str:
