@@ -150,7 +150,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'")
-@pytest.mark.parametrize("interval", ["epoch", "step"])
+@pytest.mark.parametrize("interval", ["epoch", pytest.param("step", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_of_torch_resumes_to_the_bit(name: str, interval: Any) -> None:
     if name == "ReduceLROnPlateau" and interval == "step":
@@ -582,7 +582,7 @@ def test_flags_that_cannot_be_meant_end_in_a_line_with_the_way_out(flags: list[s
     assert not RUNS.exists()
 
 
-@pytest.mark.parametrize("scheduler", [[], STEP_LR])
+@pytest.mark.parametrize("scheduler", [pytest.param([], marks=pytest.mark.slow), STEP_LR])
 @pytest.mark.parametrize(
     "callback",
     [
