@@ -155,7 +155,7 @@ def test_a_later_frame_is_taken_where_somebody_went_to_it() -> None:
         (Image.fromarray(np.full((32, 32), np.nan, np.float32)), "images: the image has values from nan"),
         (Image.fromarray(np.full((32, 32), 900, np.uint16)), "not known which is white"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,  # no address, for xdist
 )
 def test_what_is_no_image_is_told_in_one_line(net: Classifier, images: Any, message: str) -> None:
     line = error_of(net, images)
