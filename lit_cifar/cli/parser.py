@@ -92,7 +92,8 @@ class Parser(LightningArgumentParser):
 
     def add_class_arguments(self, theclass: Any, *args: Any, **settings: Any) -> Any:
         """Without those that a class has for Python alone."""
-        return super().add_class_arguments(theclass, *args, skip={*getattr(theclass, "IN_PYTHON", ())}, **settings)
+        settings["skip"] = {*(settings.get("skip") or ()), *getattr(theclass, "IN_PYTHON", ())}
+        return super().add_class_arguments(theclass, *args, **settings)
 
     def add_short_flags(self) -> None:
         """Gives an option its second spelling, so that both parse, and configs keep the dotted one.
