@@ -559,6 +559,10 @@ def test_kept_memory_is_not_given_back_to_the_system() -> None:
             ["--devices", "2", "--model.net", "torchvision.models.resnet18", "--model.net.num_classes", "10"],
             {"gradient_as_bucket_view": True, "static_graph": False},
         ),
+        (
+            ["--devices", "2", "--model", "test_classes.Scaled"],  # which may leave parameters unused
+            {"gradient_as_bucket_view": True, "static_graph": False},
+        ),
         (["--devices", "2", "--strategy", "ddp_find_unused_parameters_true"], {"find_unused_parameters": True}),
     ],
 )
