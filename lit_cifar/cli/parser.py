@@ -134,7 +134,9 @@ class Parser(LightningArgumentParser):
         """One line out of jsonargparse's several: the flag as typed, what is wrong, the nearest right one."""
         found = re.match(r'[Pp]arser key "([^"]+)":', message)
         if found and (reason := gist(message)) != message:
-            return f"{self._as_typed(found[1].rstrip('+'))}: {_in_words(reason)}"
+            given = message.rsplit("Given value: ", 1)[-1]  # which a reason among several leaves out
+            reason = _in_words(reason.replace(": does not conform", f": {given} does not conform"))
+            return f"{self._as_typed(found[1].rstrip('+'))}: {reason}"
         message = " ".join(message.split())
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
