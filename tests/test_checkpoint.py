@@ -306,7 +306,7 @@ def test_a_resumed_run_continues_the_random_draws(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Checkpoints, "_take_signals", lambda self: None)  # nobody would give them back
 
     def trainer(world_size: int) -> Trainer:
-        place = {"global_rank": 0, "is_global_zero": True, "log_dir": None}
+        place = {"global_rank": 0, "is_global_zero": True, "log_dir": None, "callbacks": []}
         fit_loop = SimpleNamespace(restarted_mid_epoch=False)
         return SimpleNamespace(global_step=7, world_size=world_size, fit_loop=fit_loop, **place)  # type: ignore[return-value]
 

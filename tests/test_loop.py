@@ -228,7 +228,7 @@ def test_the_module_overrides_no_hook_that_the_lean_loop_leaves_out() -> None:
     for hook in (
         *("on_train_batch_start", "on_train_batch_end", "on_before_zero_grad", "on_before_backward", "backward"),
         *("on_after_backward", "on_before_optimizer_step", "optimizer_step", "optimizer_zero_grad"),
-        *("configure_gradient_clipping", "lr_scheduler_step", "on_before_batch_transfer", "on_after_batch_transfer"),
+        *("configure_gradient_clipping", "on_before_batch_transfer", "on_after_batch_transfer"),
     ):
         assert getattr(LitClassifier, hook) is getattr(LightningModule, hook)
     for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):

@@ -293,30 +293,39 @@ def test_a_plateau_is_followed_as_often_as_there_is_a_validation(every: int) -> 
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.1 ** (4 // every))
 
 
-class OwnScheduler(LitClassifier):
-    """A subclass with an optimiser and a scheduler of its own."""
+class OwnOptimizer(LitClassifier):
+    """A subclass with an optimiser of its own."""
 
     def configure_optimizers(self) -> Any:
         first, *others = self.net.parameters()
         optimizer = AdamW([{"params": [first], "lr": 0.5}, {"params": others}], lr=0.02, weight_decay=0.7)
+        return {"optimizer": optimizer}
+
+
+class OwnScheduler(OwnOptimizer):
+    """A subclass with an optimiser and a scheduler of its own."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()["optimizer"]
         cycle = lr_scheduler.OneCycleLR(optimizer, [0.5, 0.02], total_steps=18)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
 
-def test_a_subclass_with_its_own_configure_optimizers_is_left_alone() -> None:
+@pytest.mark.parametrize("kind", [OwnOptimizer, OwnScheduler])
+def test_a_subclass_with_its_own_configure_optimizers_is_left_alone(kind: type[LitClassifier]) -> None:
     class Starts(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
             seen.append([{**group, "params": None} for group in trainer.optimizers[0].param_groups])
 
     seen: list[Any] = []
-    module = OwnScheduler(matrices(), lr=0.3, momentum=0.8)
+    module: Any = kind(matrices(), lr=0.3, momentum=0.8)
     trainer = trainer_of(Starts())
     module._trainer = trainer
     expected = [{**group, "params": None} for group in module.configure_optimizers()["optimizer"].param_groups]
     trainer.fit(module, datamodule=Validated())
     assert seen == [expected]
     assert module.lr == 0.3
-    assert_resumes_to_the_bit(lambda: OwnScheduler(matrices()))
+    assert_resumes_to_the_bit(lambda: kind(matrices()))
 
 
 def test_changed_settings_reach_a_resumed_optimiser() -> None:

@@ -39,6 +39,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:SWA is currently:UserWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),  # the copies that are resumed
     pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch Profiler default schedule:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU:UserWarning"),
 ]
 

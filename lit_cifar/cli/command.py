@@ -30,6 +30,7 @@ from lit_cifar.run.chosen import make_loggers
 from lit_cifar.run.folder import Run
 from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.save import Checkpoints, OpenRun
+from lit_cifar.text import in_command
 from lit_cifar.training import loop
 from lit_cifar.training.dashboard import Dashboard
 from lit_cifar.training.lines import ProgressBar
@@ -73,6 +74,7 @@ class CLI(LightningCLI):
     datamodule: CIFAR10DataModule
     parser: Parser
 
+    @in_command()
     def __init__(
         self,
         args: list[str],

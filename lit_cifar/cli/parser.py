@@ -92,8 +92,8 @@ class Parser(LightningArgumentParser):
 
     def add_class_arguments(self, theclass: Any, *args: Any, **settings: Any) -> Any:
         """Without those that a class has for Python alone."""
-        settings["skip"] = {*(settings.get("skip") or ()), *getattr(theclass, "IN_PYTHON", ())}
-        return super().add_class_arguments(theclass, *args, **settings)
+        skip = {*(settings.pop("skip", None) or ()), *getattr(theclass, "IN_PYTHON", ())}
+        return super().add_class_arguments(theclass, *args, skip=skip, **settings)
 
     def add_short_flags(self) -> None:
         """Gives an option its second spelling, so that both parse, and configs keep the dotted one.
@@ -154,8 +154,11 @@ class Parser(LightningArgumentParser):
                 reason = named_logger(reason)
             if (missing := re.search(r"arguments are required: (\w+)", reason)) and where.startswith("--model."):
                 return f"{where}: it needs more settings: add {where}.{missing[1]} VALUE"
-            if reason != message or found[2].startswith("unknown key"):  # of a class's settings, whose parser words it
-                return f"{where}: {found[2] if reason == message else in_words(reason)}"
+            if reason != message:
+                given = message.rsplit("Given value: ", 1)[-1]  # which a reason among several leaves out
+                return f"{where}: {in_words(reason.replace(': does not conform', f': {given} does not conform'))}"
+            if found[2].startswith("unknown key"):  # of a class's settings, whose parser words it
+                return f"{where}: {found[2]}"
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
             typed = found[1].split("=")[0]

@@ -193,7 +193,8 @@ class LitClassifier(SavedModule):
 
     def on_fit_start(self) -> None:
         self._loss = None
-        self._logs_loss = not any(getattr(callback, "logs_loss", False) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self._logs_loss = not (self.trainer.barebones or any(getattr(each, "logs_loss", False) for each in callbacks))
         self._warm_up("train", "val")  # after the callbacks: TensorBoard's graph is traced, searches are done
 
     def on_validation_start(self) -> None:
