@@ -542,7 +542,8 @@ def test_a_plain_trainer_logs_to_all_of_them(mlflow: Any) -> None:
     from lightning.pytorch.loggers import MLFlowLogger
 
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
-    loggers = [CSVLogger("csv"), TensorBoardLogger("tb"), MLFlowLogger(save_dir="ml", prefix="p")]
+    mlflow_logger = MLFlowLogger(save_dir="ml", prefix="p")
+    loggers = [CSVLogger("csv"), TensorBoardLogger("tb", default_hp_metric=False), mlflow_logger]
     trainer = Trainer(
         max_steps=2,
         limit_test_batches=1,

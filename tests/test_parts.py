@@ -27,6 +27,7 @@ from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.folder import RUNS
+from lit_cifar.text import in_command
 from lit_cifar.training.progress import Progress, named_rates
 
 FEW = [*SHAPES, "--batch_size", "32", "--lr", "0.05", "--trainer.log_every_n_steps", "2"]
@@ -239,6 +240,7 @@ def line_of(settings: dict[str, Any], *flags: str) -> str:
     """The one line that a run with these settings of the Trainer ends in, as the command would print it."""
     Path("run.yaml").write_text(yaml.safe_dump({"trainer": settings}))
 
+    @in_command()
     def fit() -> None:
         try:
             lit_cifar.fit.main([*FEW, "--max_epochs", "2", "--config", "run.yaml", *flags])

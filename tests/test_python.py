@@ -153,7 +153,7 @@ def test_a_schedule_counts_the_batches_of_the_trainers_own_loader() -> None:
         assert (trainer.global_step, module._num_steps()) == (num_steps, num_steps)
     module = classifier(schedule="cosine")
     plain_trainer(max_epochs=-1, max_steps=4).fit(module, DataLoader(Endless(), 5))
-    assert module._plan() == 4
+    assert module.plan_steps() == 4
     message = error_of(plain_trainer().fit, classifier(schedule="cosine"), DataLoader(Endless(), 5))
     assert "schedule cosine needs an end" in message
 
@@ -428,7 +428,9 @@ class Groups(LitClassifier):
 class OneCycle(LitClassifier):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.001)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=12)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.02, total_steps=13
+        )  # Lightning's last call is after the last step
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -24,7 +24,7 @@ HABITS = {
         f"LitClassifier {IN_PYTHON}"
     ),
     r"Parser key \"trainer\":\s+Unable to load": f"--trainer takes no class: use LitClassifier {IN_PYTHON}",
-    r'Parser key "(trainer\.\w+)":[^"]*Expected an instantiatable class, but \S+\.(\w+) is abstract': (
+    r'Parser key "(trainer\.\w+)":[^"]*Expected an instantiatable class, but \S+\.(\w+) is abstract[^"]*NestedArg': (
         "--{0}: its settings come after its class: --{0} My{1} --{0}.SETTING VALUE"
     ),
 }
