@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def test_a_schedule_counts_the_batches_of_the_trainers_own_loader() -> None:
     plain_trainer(max_epochs=-1, max_steps=4).fit(module, DataLoader(Endless(), 5))
     assert module.plan_steps() == 4
     message = error_of(plain_trainer().fit, classifier(schedule="cosine"), DataLoader(Endless(), 5))
-    assert "schedule cosine needs an end" in message
+    assert "schedule='cosine' needs an end" in message
 
 
 def test_a_net_is_initialised_from_a_loaders_images_and_random_states_stay() -> None:
@@ -428,9 +429,7 @@ class Groups(LitClassifier):
 class OneCycle(LitClassifier):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.001)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, 0.02, total_steps=13
-        )  # Lightning's last call is after the last step
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=13)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -538,6 +537,71 @@ def test_settings_may_be_numpys() -> None:
     assert module.mean.dtype == torch.float32
     assert module.hparams["mean"] == list(MEAN)
     assert type(module.hparams["lr"]) is float
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "cosin"}, "schedule='cosin' is none of constant, linear, cosine, onecycle"),
+        ({"tta": "mirrors"}, "tta='mirrors' is none of none, mirror, mirror_shift"),
+        ({"groups": [Group("a", "", kind="adam")]}, "a's kind 'adam' is none of sgd, muon"),  # type: ignore[arg-type]
+        ({"groups": [Group("a", ["conv"])]}, "a's pattern is a list, no text"),  # type: ignore[arg-type]
+        ({"groups": [{"name": "a", "patern": ""}]}, "is no group: want Group(...), or a dict of name, pattern, kind"),
+        ({"groups": ["conv"]}, "'conv' is no group"),
+        ({"optimizer": "AdamW"}, "optimizer='AdamW' is no class, such as torch.optim.AdamW"),
+        ({"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))])}, "is no class, such as torch.optim.AdamW"),
+        ({"scheduler": torch.optim.lr_scheduler.StepLR, "scheduler_interval": "batch"}, "is none of step, epoch"),
+        ({"mean": (0.5,)}, "a mean and a std of 3"),
+        ({"net": Net}, "a net that is a torch.nn.Module"),
+    ],
+)
+def test_settings_that_the_parser_would_refuse_are_refused_in_python(options: dict[str, Any], message: str) -> None:
+    assert message in error_of(lambda: LitClassifier(**{"net": Net(), **options}))
+
+
+def step_lr(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+
+def test_a_named_optimiser_is_made_again_from_a_checkpoint() -> None:
+    loader = DataLoader(TensorDataset(PIXELS, LABELS), 8)
+    named: dict[str, Any] = {
+        "optimizer": partial(torch.optim.AdamW, weight_decay=0.05, betas=(0.8, 0.9)),
+        "scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.1),
+        "scheduler_interval": "step",
+        "groups": [Group("muon", "conv.*weight", kind="muon", lr=0.02), Group("rest", "")],
+        "lr": 0.002,
+    }
+    whole = classifier(**named)
+    plain_trainer(max_epochs=2).fit(whole, loader)
+    trainer = plain_trainer()
+    trainer.fit(classifier(**named), loader)
+    trainer.save_checkpoint("a.ckpt")
+    again = LitClassifier.load_from_checkpoint("a.ckpt")
+    assert again.hparams["optimizer"]["init_args"] == {"weight_decay": 0.05, "betas": [0.8, 0.9]}
+    own = LitClassifier.load_from_checkpoint("a.ckpt", net=Net())
+    for module in (again, own):
+        plain_trainer(max_epochs=2).fit(module, loader, ckpt_path="a.ckpt")
+        assert all(map(torch.equal, module.state_dict().values(), whole.state_dict().values()))
+
+
+@pytest.mark.parametrize("optimizer", [None, lambda weights: torch.optim.AdamW(weights, lr=0.002)])
+def test_what_a_checkpoint_cannot_hold_is_said_and_not_replaced(
+    optimizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loader = DataLoader(TensorDataset(PIXELS, LABELS), 8)
+    made: dict[str, Any] = {"optimizer": optimizer, "scheduler": step_lr, "scheduler_interval": "step"}
+    trainer = plain_trainer()
+    trainer.fit(classifier(lr=None, **made), loader)
+    trainer.save_checkpoint("a.ckpt")
+    again = LitClassifier.load_from_checkpoint("a.ckpt")
+    assert "own scheduler, which it was trained with: give it again" in capsys.readouterr().err
+    message = error_of(lambda: plain_trainer(max_epochs=2).fit(again, loader, ckpt_path="a.ckpt"))
+    assert "give LitClassifier the same to go on" in message
+    plain_trainer().test(again, loader, verbose=False)
+    given = LitClassifier.load_from_checkpoint("a.ckpt", **made)
+    assert capsys.readouterr().err == ""
+    plain_trainer(max_epochs=2).fit(given, loader, ckpt_path="a.ckpt")
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

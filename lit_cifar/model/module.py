@@ -4,7 +4,6 @@ checkpoints say in saved.py, the net without the Trainer in classifier.py; layer
 B images in a batch, K classes. Images are (B, 3, 32, 32), uint8 0..255 or floats, until LitClassifier.forward.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,8 +29,9 @@ from lit_cifar.model.ranges import (
     PositiveFloat,
     Side,
     checked,
+    one_of,
 )
-from lit_cifar.model.saved import SavedModule, plain
+from lit_cifar.model.saved import SavedModule, made_again, maker_settings, plain
 from lit_cifar.results.metrics import Tally
 from lit_cifar.results.report import Report
 
@@ -102,9 +102,15 @@ class LitClassifier(SavedModule):
         scheduler_interval: Interval | None = None,
         scheduler_monitor: str | None = None,
     ) -> None:
-        groups = [Group(**group) if isinstance(group, Mapping) else group for group in groups or []] or None
+        groups = [Group.of(group) for group in groups or []] or None
+        if not isinstance(net, nn.Module) or len(mean) != 3 or len(std) != 3:
+            raise UserError(
+                "LitClassifier wants a net that is a torch.nn.Module, such as Net(), and a mean and a std of 3"
+            )
         mean, std = [float(each) for each in mean], [checked("--model.std", each, PositiveFloat) for each in std]  # type: ignore[assignment]
+        optimizer, scheduler = made_again(optimizer), made_again(scheduler)
         settings = {key: plain(value) for key, value in locals().items() if key not in ("self", "net", "__class__")}
+        settings |= {"optimizer": maker_settings(optimizer), "scheduler": maker_settings(scheduler)}
         rates = (lr, momentum, weight_decay, nesterov, schedule, warmup, groups)
         super().__init__(*rates, optimizer, scheduler, scheduler_interval, scheduler_monitor)
         if sides is not None and not sides:
@@ -114,7 +120,7 @@ class LitClassifier(SavedModule):
         self.settle()
         self.label_smoothing: float = checked("--model.label_smoothing", label_smoothing, ClosedUnitInterval)
         self.sides: list[int] = [checked("--model.sides", side, Side) for side in sides or []]
-        self.tta: TTA = tta
+        self.tta: TTA = one_of("--model.tta", tta, TTA)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         # constants; DDP would broadcast them before each forward (7 % of a step: the tutorial's net, 2 processes)

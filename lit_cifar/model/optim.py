@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_cifar.errors import UserError
-from lit_cifar.model.ranges import HalfOpenUnitInterval, NonNegativeFloat, checked
+from lit_cifar.model.ranges import HalfOpenUnitInterval, NonNegativeFloat, checked, one_of
 
 Schedule = Literal["constant", "linear", "cosine", "onecycle"]
 Kind = Literal["sgd", "muon"]
@@ -105,12 +105,30 @@ class Group:
     weight_decay: float | None = None
     nesterov: bool | None = None
 
+    @classmethod
+    def of(cls, settings: Any) -> "Group":
+        """A group of itself, or of a dict.
+
+        Raises:
+            UserError: it is neither, or the dict is not a group's.
+        """
+        try:
+            return settings if isinstance(settings, cls) else cls(**settings)
+        except TypeError:
+            names = ", ".join(cls.__dataclass_fields__)
+            raise UserError(
+                f"--model.groups: {settings!r} is no group: want Group(...), or a dict of {names}"
+            ) from None
+
     def check(self) -> None:
         """Checks the group's settings; the parser cannot word what is wrong within a list.
 
         Raises:
-            UserError: one is out of its range.
+            UserError: one is out of its range, or of a wrong type.
         """
+        if not isinstance(self.pattern, str):
+            raise UserError(f"--model.groups: {self.name}'s pattern is a {type(self.pattern).__name__}, no text")
+        one_of(f"--model.groups: {self.name}'s kind", self.kind, Kind)
         for key, kind in (
             ("lr", NonNegativeFloat),
             ("momentum", HalfOpenUnitInterval),

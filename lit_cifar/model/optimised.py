@@ -16,7 +16,7 @@ from lit_cifar.model import steps
 from lit_cifar.model.chosen import MakeOptimizer, MakeScheduler, class_of, default_of, make_optimizer, one_line
 from lit_cifar.model.data import num_train_batches
 from lit_cifar.model.optim import OPTIONS, Group, Schedule, lr_factor
-from lit_cifar.model.ranges import ClosedUnitInterval, HalfOpenUnitInterval, NonNegativeFloat, checked
+from lit_cifar.model.ranges import ClosedUnitInterval, HalfOpenUnitInterval, NonNegativeFloat, checked, one_of
 from lit_cifar.run.trust import is_plain
 from lit_cifar.run.write import plain
 
@@ -66,7 +66,7 @@ class OptimisedModule(LightningModule):
         for key, kind in (("momentum", HalfOpenUnitInterval), ("weight_decay", NonNegativeFloat)):
             setattr(self, key, None if own[key] is None else checked(f"--model.{key}", own[key], kind))
         self.nesterov: bool | None = None if own["nesterov"] is None else bool(own["nesterov"])
-        self.schedule: Schedule = schedule
+        self.schedule: Schedule = one_of("--model.schedule", schedule, Schedule)
         self.warmup: float = checked("--model.warmup", warmup, ClosedUnitInterval)
         self.groups = groups or []
         for group in self.groups:
@@ -76,6 +76,14 @@ class OptimisedModule(LightningModule):
         for flag, value in (("interval", scheduler_interval), ("monitor", scheduler_monitor)):
             if value and not scheduler:
                 raise UserError(f"--model.scheduler_{flag} {value} needs --model.scheduler")
+        one_of("--model.scheduler_interval", scheduler_interval or "step", Interval)
+        for key, made in (("optimizer", optimizer), ("scheduler", scheduler)):
+            if made is not None and not callable(made):
+                given = repr(made) if isinstance(made, str) else f"is a {type(made).__name__} and"
+                raise UserError(
+                    f"--model.{key} {given} is no class, such as torch.optim.AdamW, and no other callable that makes "
+                    "one; functools.partial gives a class its arguments"
+                )
         self.scheduler_interval, self.scheduler_monitor = scheduler_interval, scheduler_monitor
         self._planned_steps: int | None = None
         self._made_for: tuple[float, int | None] | None = None  # rate and length that the user's scheduler was made for

@@ -1,7 +1,7 @@
 """Ranges of numeric settings, as types that jsonargparse checks where they stand in a signature. The class that takes a
 setting decides which range it has."""
 
-from typing import Any
+from typing import Any, get_args
 
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -21,6 +21,7 @@ __all__ = [
     "PositiveInt",
     "Side",
     "checked",
+    "one_of",
 ]
 
 HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
@@ -45,3 +46,14 @@ def checked(flag: str, value: Any, kind: Any) -> Any:
     except (TypeError, ValueError) as error:
         raise UserError(f"{flag} {value} is out of range: {error}") from None
     return int(value) if issubclass(kind, int) else float(value)
+
+
+def one_of(flag: str, value: Any, kind: Any) -> Any:
+    """A setting that is one of a Literal's words, checked for those who make the class in Python.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if value not in get_args(kind):
+        raise UserError(f"{flag} {value!r} is none of {', '.join(get_args(kind))}")
+    return value

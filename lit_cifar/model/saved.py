@@ -1,6 +1,8 @@
 """SavedModule: what a checkpoint says of a LitClassifier beside its weights, and how one is made of it. run/save.py
 knows when states are saved; classifier.py has `load`, which needs no LitClassifier."""
 
+import functools
+import importlib
 import inspect
 import sys
 from collections.abc import Mapping
@@ -12,10 +14,16 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lit_cifar import log
+from lit_cifar.errors import UserError
 from lit_cifar.model.check import shape_lazy_layers, unchanged
+from lit_cifar.model.chosen import class_of
 from lit_cifar.model.classifier import check_classes, check_weights, load
 from lit_cifar.model.optimised import OptimisedModule
 from lit_cifar.run.read import read_checkpoint
+from lit_cifar.run.trust import check_trusted
+
+MAKERS = ("optimizer", "scheduler")
 
 
 def plain(value: Any) -> Any:
@@ -30,6 +38,44 @@ def plain(value: Any) -> Any:
     return next((made(value) for kind, made in kinds if isinstance(value, kind)), None)
 
 
+def maker_settings(make: Any) -> dict[str, Any] | None:
+    """A class of torch's, or a partial of one, of an optimiser or scheduler as class_path and init_args; None for what
+    the file cannot tell: other callables, other classes, arguments that are no plain values."""
+    kind, arguments = class_of(make), getattr(make, "keywords", {})
+    told = {"class_path": kind and _path_of(kind), "init_args": plain(arguments)}
+    lost = any(value is not None and plain(value) is None for value in arguments.values())
+    return None if lost or not _is_trusted(told) else told
+
+
+def made_again(make: Any) -> Any:
+    """The partial that `maker_settings` describes, or what it is given.
+
+    Raises:
+        UserError: it names a class that is not torch's.
+    """
+    if not _names_class(make):
+        return make
+    check_trusted(make)
+    module, _, name = make["class_path"].rpartition(".")
+    return functools.partial(getattr(importlib.import_module(module), name), **make.get("init_args") or {})
+
+
+def _is_trusted(settings: Any) -> bool:
+    try:
+        check_trusted(settings)
+    except UserError:
+        return False
+    return _names_class(settings) and isinstance(settings["class_path"], str)
+
+
+def _path_of(kind: type) -> str | None:
+    """Where others can import a class; None where they cannot."""
+    module = sys.modules.get(kind.__module__)
+    if kind.__module__ == "__main__" or getattr(module, kind.__qualname__, None) is not kind:
+        return None
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def net_settings(net: nn.Module) -> dict[str, Any] | None:
     """A net as class_path and init_args, the values of attributes that are called as its arguments are.
 
@@ -37,8 +83,9 @@ def net_settings(net: nn.Module) -> dict[str, Any] | None:
     differ in a bit, in training or in evaluation.
     """
     kind = type(net)
-    if kind.__module__ == "__main__" or getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
-        return None  # nobody else could import it
+    path = _path_of(kind)
+    if path is None:
+        return None
     try:
         found = {name: plain(getattr(net, name, None)) for name in inspect.signature(kind).parameters}
         arguments = {name: value for name, value in found.items() if value is not None}
@@ -49,7 +96,7 @@ def net_settings(net: nn.Module) -> dict[str, Any] | None:
             same = all(map(torch.equal, _sample(net), _sample(other)))
     except Exception:  # classes raise anything on arguments that are not for them
         return None
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments} if same else None
+    return {"class_path": path, "init_args": arguments} if same else None
 
 
 @torch.no_grad()
@@ -102,8 +149,14 @@ class SavedModule(OptimisedModule):
                 net = load(checkpoint_path, trust=trust)[0].net.train()
             theirs: dict[str, Any] = state.config.get("model", {})
             settings = {key: value for key, value in theirs.items() if not _names_class(value)}
+            settings |= {key: theirs[key] for key in MAKERS if _is_trusted(theirs.get(key))}
             if settings.keys() <= takes.keys():  # as they were last; a subclass's own arguments Lightning knows
                 kwargs = {**settings, **kwargs}
+                lost = [key for key in state["lit_cifar"].get("makers", ()) if kwargs.get(key) is None]
+                if lost:
+                    log.warn(f"the checkpoint does not hold {_of_own(lost)}, which it was trained with: give it again")
+                if "scheduler" in lost:
+                    kwargs |= {"scheduler_interval": None, "scheduler_monitor": None}
         if net is not None:
             kwargs["net"] = net
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
@@ -142,10 +195,21 @@ class SavedModule(OptimisedModule):
         hyper_parameters = checkpoint.get("hyper_parameters", {})
         if isinstance(hyper_parameters.get("net"), nn.Module):  # of a subclass; weights_only refuses it
             hyper_parameters["net"] = type(self.net).__name__
-        checkpoint["lit_cifar"] = {"classes": list(self.classes), "config": config, "recipe": self.recipe}
+        ours = {"classes": list(self.classes), "config": config, "recipe": self.recipe, "makers": self._chosen()}
+        checkpoint["lit_cifar"] = ours
+
+    def _chosen(self) -> list[str]:
+        return [key for key in MAKERS if getattr(self, f"_{key}") is not None]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_fits(checkpoint)
+        trained_with = checkpoint.get("lit_cifar", {}).get("makers", self._chosen())
+        stage = getattr(getattr(self._trainer, "state", None), "fn", None)
+        if stage == "fit" and self.has_own_optimizer and trained_with != self._chosen():
+            raise UserError(
+                f"the checkpoint was trained with {_of_own(trained_with)}, and this module has "
+                f"{_of_own(self._chosen())}: give LitClassifier the same to go on"
+            )
         named = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
         if named and not _are_named(self.classes):
             self.set_classes(named)
@@ -166,6 +230,10 @@ class SavedModule(OptimisedModule):
         theirs = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
         if len(theirs) != len(classes) or (_are_named(theirs) and _are_named(classes)):
             check_classes(checkpoint, classes)
+
+
+def _of_own(makers: Any) -> str:
+    return " and ".join(f"an own {key}" for key in makers) or "no optimizer and scheduler of its own"
 
 
 def _names_class(value: Any) -> bool:
