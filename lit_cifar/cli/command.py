@@ -272,8 +272,8 @@ class CLI(LightningCLI):
             overrides["plugins"] += [slurm] if slurm else []
         overrides["logger"] = False  # until the run has a folder, see begin()
         if config["strategy"] in ("auto", "ddp") and self._has_several_devices(config):
-            # Gradients are views of what is exchanged, so that nothing is copied; this project's nets and module use all
-            # their parameters in each step, which lets DDP plan the exchange once
+            # Gradients are views of what is exchanged, so that nothing is copied; this project's nets and module use
+            # all parameters in each step, which lets DDP plan the exchange once
             static = type(self.model.net).__module__.startswith("lit_cifar.nets") and type(self.model) is LitClassifier
             overrides["strategy"] = DDPStrategy(gradient_as_bucket_view=True, static_graph=static)
         if config["enable_checkpointing"] is False:
