@@ -258,7 +258,7 @@ def _check_optimizer(before: dict[str, Any], now: dict[str, Any]) -> None:
     for key in keys:
         values = [settings.get(key) for settings in (before, now)]
         if key == "optimizer" and len(keys) == 2:  # of which the rest can be changed
-            values = [value and value["class_path"] for value in values]
+            values = [value["class_path"] if isinstance(value, dict) else value for value in values]
         if values[0] != values[1]:
             raise UserError(
                 f"--resume: --model.{key} was {values[0]} and is now {values[1]}; with an optimiser or a scheduler of "

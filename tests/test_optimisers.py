@@ -21,6 +21,7 @@ from torch.optim import lr_scheduler
 
 import lit_cifar.fit
 from lit_cifar.cli.command import CLI
+from lit_cifar.cli.machine import explained
 from lit_cifar.model.chosen import make_optimizer
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.model.optim import Group
@@ -497,6 +498,27 @@ def test_a_run_with_adamw_is_plain_in_its_config_and_goes_on_with_other_settings
     assert message.startswith("--resume: --model.optimizer was torch.optim.AdamW and is now torch.optim.Adam")
 
 
+def halved(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5)
+
+
+def test_a_function_that_makes_the_optimiser_may_be_named() -> None:
+    fit("--model.optimizer", "test_optimisers.halved")
+    assert (config()["model"]["optimizer"], config()["model"]["lr"]) == ("test_optimisers.halved", 0.5)
+    go_on = ["--resume", "auto", "--max_epochs", "2", "--log_level", "warning"]
+    assert "--trust true" in error_of(lit_cifar.fit.main, go_on)
+    assert "was test_optimisers.halved and is now" in error_of(
+        lit_cifar.fit.main, [*go_on, "--trust", "true", "--model.optimizer", "Adam"]
+    )
+    lit_cifar.fit.main([*go_on, "--trust", "true"])
+    assert saved_group()["lr"] == 0.5
+
+
+def test_a_scheduler_that_fails_in_training_is_named() -> None:
+    flags = ["--model.scheduler", "CosineAnnealingLR", "--model.scheduler.T_max", "0"]
+    assert "the scheduler CosineAnnealingLR failed in training" in error_of(explained, lit_cifar.fit.main, FEW + flags)
+
+
 def test_a_scheduler_from_the_command_line_goes_on_only_as_it_began() -> None:
     plateau = ["--model.scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.scheduler.monitor"]
     fit("--data.num_val", "100", "--model.optimizer", "AdamW", *plateau, "val/accuracy")
@@ -569,16 +591,12 @@ STEP_LR = ["--model.scheduler", "StepLR", "--model.scheduler.step_size", "2"]
         (["--config", "{optimizer: {class_path: torch.optim.AdamW}}"], "put optimizer: under model:"),
         (["--config", "{lr_scheduler: {class_path: StepLR}}"], "put scheduler: under model:"),
         (["--model.optimizer", "Nonsense"], "--model.optimizer: there is no class Nonsense"),
-        (["--model.optimizer", "torch.nn.Linear"], "--model.optimizer"),
-        (
-            ["--model.scheduler", "SequentialLR"],
-            "it needs more settings: add --model.scheduler.schedulers",
-        ),
+        (["--model.optimizer", "torch.nn.Linear"], "torch.nn.Linear is not declared as a subclass of"),
+        (["--model.optimizer", "os.system"], "os.system is not declared as a function that returns Optimizer"),
+        (["--model.optimizer", "torch.optim.AdamX"], "--model.optimizer: module 'torch.optim' has no attribute"),
+        (["--model.scheduler", "SequentialLR"], "add --model.scheduler.schedulers VALUE"),
         (["--model.scheduler", "ChainedScheduler"], "--model.scheduler cannot be made"),
-        (
-            ["--model.scheduler", "LambdaLR"],
-            "it needs more settings: add --model.scheduler.lr_lambda",
-        ),
+        (["--model.scheduler", "LambdaLR"], "add --model.scheduler.lr_lambda VALUE"),
         (["--model.scheduler", "ReduceLROnPlateau"], "torch.optim.lr_scheduler.ReduceLROnPlateau"),
         (["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.1", "--lr", "0.2"], "contradict each other"),
         ([*STEP_LR, "--model.schedule", "cosine"], "takes the place of --model.schedule"),

@@ -25,6 +25,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 import lit_cifar
 from lit_cifar.cli.wording import gist
@@ -67,6 +68,7 @@ PARTS = (
     (ClusterEnvironment, "the environment"),
     (Accelerator, "the accelerator"),
     (Strategy, "the strategy"),
+    (LRScheduler, "the scheduler"),
     (nn.Module, "the module"),
 )
 MAKING = ("to be made of its settings", "when its layers were given their shapes")  # the user's own classes too

@@ -46,8 +46,10 @@ def gist(message: str) -> str:
     if not told:
         return message
     reason = re.sub(r"^Problem with given class_path '(.*?)': ", r"\1: ", told[0])
+    reason = re.sub(r"^Type .* expects a function or a callable class: ", "", reason)
+    reason = re.sub(r"^Expected '(.*)' to be (.*) <class '(\w+)'>\..*", r"\1 is not declared as \2 \3", reason)
     return re.sub(
-        r"^Expected a dot import path string: (.*)", r"there is no class \1: name it as package.Class", reason
+        r"^Expected a dot import path string: ?(.*)", r"there is no class \1: name it as package.Class", reason
     )
 
 

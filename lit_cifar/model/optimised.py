@@ -125,7 +125,8 @@ class OptimisedModule(LightningModule):
         for key in settings.keys() & OPTIONS.keys():
             if settings[key] is None:
                 settings[key] = getattr(self, key)
-        arguments = (settings.get("optimizer") or {}).get("init_args") or {}
+        named = settings.get("optimizer")  # the name alone, of a function without settings
+        arguments = (named.get("init_args") if isinstance(named, dict) else None) or {}
         if "lr" in arguments and self._optimizer is not None:
             arguments["lr"] = self.lr
             if default_of(class_of(self._optimizer), "lr") is not inspect.Parameter.empty:
@@ -285,6 +286,7 @@ class OptimisedModule(LightningModule):
                 if value is not None:  # else the validation was before the state that was resumed
                     config.scheduler.step(value)  # type: ignore[arg-type]
 
+    @calls_chosen("in training")
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if not self._follows(scheduler):
             super().lr_scheduler_step(scheduler, metric)
