@@ -92,7 +92,8 @@ class Parser(LightningArgumentParser):
 
     def add_class_arguments(self, theclass: Any, *args: Any, **settings: Any) -> Any:
         """Without those that a class has for Python alone."""
-        return super().add_class_arguments(theclass, *args, skip={*getattr(theclass, "IN_PYTHON", ())}, **settings)
+        skip = {*(settings.pop("skip", None) or ()), *getattr(theclass, "IN_PYTHON", ())}
+        return super().add_class_arguments(theclass, *args, skip=skip, **settings)
 
     def add_short_flags(self) -> None:
         """Gives an option its second spelling, so that both parse, and configs keep the dotted one.
