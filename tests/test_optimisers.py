@@ -28,7 +28,7 @@ from lit_cifar.model.optim import Group
 from lit_cifar.run.read import read_checkpoint
 from lit_cifar.run.trust import check_trusted
 from lit_cifar.run.write import plain
-from lit_cifar.text import in_command
+from lit_cifar.text import as_said
 
 LIMITS = ["--trainer.limit_train_batches", "6", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
 FEW = [*SHORT[: SHORT.index("--lr")], *LIMITS, "--log_level", "warning"]  # without the rate
@@ -383,9 +383,8 @@ def test_changed_settings_reach_a_resumed_optimiser() -> None:
         ),
     ],
 )
-@in_command()
 def test_what_contradicts_itself_is_refused_when_the_module_is_made(settings: Any, message: str) -> None:
-    assert message in error_of(lambda: LitClassifier(matrices(), **settings))
+    assert as_said(message) in error_of(lambda: LitClassifier(matrices(), **settings))
 
 
 class Holds(lr_scheduler.LambdaLR):
@@ -417,17 +416,15 @@ class Holds(lr_scheduler.LambdaLR):
         ),
     ],
 )
-@in_command()
 def test_a_scheduler_that_cannot_work_is_refused_before_the_first_step(settings: Any, message: str) -> None:
-    assert message in error_of(fitted, LitClassifier(matrices(), **settings))
+    assert as_said(message) in error_of(fitted, LitClassifier(matrices(), **settings))
 
 
-@in_command()
 def test_onecycle_without_an_end_says_how_to_set_one() -> None:
     module = LitClassifier(matrices(), scheduler=functools.partial(lr_scheduler.OneCycleLR, max_lr=0.1))
     module._trainer = trainer_of(max_epochs=-1)
     module._trainer.datamodule = Data()  # type: ignore[attr-defined]
-    assert "OneCycleLR needs an end: set --max_epochs" in error_of(module.configure_optimizers)
+    assert "OneCycleLR needs an end: set max_epochs" in error_of(module.configure_optimizers)
 
 
 # ---- states of schedulers in files ----
