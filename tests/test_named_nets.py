@@ -192,6 +192,18 @@ def test_a_run_of_a_timm_net_is_tested_predicted_exported_and_resumed(capsys: py
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
+halfway = functools.partial(Linear, width=3)
+
+
+@pytest.mark.parametrize("name", ["untyped", "halfway"])
+def test_a_run_of_a_function_without_types_is_tested_and_resumed(name: str) -> None:
+    lit_cifar.fit.main([*QUICK, "--model.net", f"test_named_nets.{name}"])
+    again = ["--trust", "true", "--trainer.limit_test_batches", "1"]
+    lit_cifar.test.main(["--ckpt_path", LAST, *again])
+    lit_cifar.fit.main(["--resume", "auto", "--trainer.max_steps", "4", *again])
+    assert net_of()["class_path"] == f"test_named_nets.{name}"
+
+
 @pytest.mark.slow
 def test_a_net_in_a_file_here_is_found_by_every_process(run_command: Any, tmp_path: Path) -> None:
     lines = (

@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import Namespace
 from jsonargparse import _typehints as typehints
 from jsonargparse._parameter_resolvers import get_signature_parameters
+from jsonargparse._util import resolved_import_paths
 from torch import nn
 
 from lit_cifar.errors import calls_chosen
@@ -23,14 +24,15 @@ _import, _adapt = _typehints.import_object, _typehints.adapt_class_type
 
 
 @functools.cache
-def _returning_net(made: Any) -> Any:
-    """A callable without a return type as a function with one, for jsonargparse asks for it."""
+def _returning_net(made: Any, name: str) -> Any:
+    """A callable without a return type as a function with one, for jsonargparse asks for it, and of the same name."""
 
     @calls_chosen("to be made of its settings")
     def make(*args: Any, **settings: Any) -> Any:
         return made(*args, **settings)
 
     make.__signature__ = inspect.signature(made).replace(return_annotation=nn.Module)  # type: ignore[attr-defined]
+    resolved_import_paths.add(make, name)
     return make
 
 
@@ -57,7 +59,7 @@ def import_named(name: str, *args: Any, **settings: Any) -> Any:
     except ValueError:  # of builtins
         return found
     is_typed = inspect.isfunction(found) and returned not in (inspect.Signature.empty, Any)
-    return found if is_typed else _returning_net(found)
+    return found if is_typed else _returning_net(found, name)
 
 
 def parameters(named: Any) -> dict[str, Any]:
