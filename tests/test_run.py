@@ -24,6 +24,7 @@ from lit_cifar.run.logger import RunLogger, scalars_at
 from lit_cifar.run.read import read_checkpoint
 from lit_cifar.run.save import Checkpoints
 from lit_cifar.run.write import DurableCheckpointIO
+from lit_cifar.text import in_command
 
 SHORT = ["--dataset", "shapes", "--accelerator", "cpu", "--batch_size", "50", "--trainer.limit_train_batches", "4"]
 SHORT += ["--trainer.limit_test_batches", "2"]
@@ -440,6 +441,7 @@ def test_events_that_cannot_be_written_do_not_end_a_run(run: Run, capfd: pytest.
     assert not list(run.folder.glob(".*"))
 
 
+@in_command()
 def test_on_a_full_disk_no_checkpoint_is_proposed_that_does_not_exist(run: Run) -> None:
     for way_out in ("free space or fix the folder$", "the one before is whole: go on with --resume .*last.ckpt$"):
         with disk_with_room_for(100), pytest.raises(UserError, match=way_out):
@@ -447,6 +449,7 @@ def test_on_a_full_disk_no_checkpoint_is_proposed_that_does_not_exist(run: Run) 
         run.checkpoint("last").touch()
 
 
+@in_command()
 def test_before_the_first_save_weights_that_are_not_finite_propose_no_checkpoint(run: Run) -> None:
     checkpoints = Checkpoints()
     checkpoints.run = run

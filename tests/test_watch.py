@@ -16,6 +16,7 @@ from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import DivergedError
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.nets import Net
+from lit_cifar.text import in_command
 from lit_cifar.training import speed
 from lit_cifar.training.progress import Progress
 from lit_cifar.training.speed import Pace, Speed
@@ -88,6 +89,7 @@ def test_a_full_disk_is_told_once_before_it_is_full(
     assert re.match(rf"51 MB are left on the disk of .*, and a checkpoint takes {size:.1f} MB \(step 15\)", warning)
 
 
+@in_command()
 def test_without_a_runs_folder_no_disk_is_watched_and_no_state_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -305,7 +305,7 @@ class OptimisedModule(LightningModule):
         keys = {"name", *OPTIONS, *inspect.signature(type(getattr(new, "named", new))).parameters}
         factor = self._lr_factor(schedule.last_epoch) if schedule else 1.0
         for group, made in zip(optimizer.param_groups, new.param_groups, strict=False):  # a callback may add
-            group.update({key: value for key, value in made.items() if key in keys})
+            group.update({key: value for key, value in made.items() if key in keys - {"params"}})
             if schedule:
                 group["initial_lr"] = made["lr"]
                 group["lr"] = made["lr"] * factor

@@ -84,7 +84,7 @@ def attempt(logger: Logger, call: Callable[..., Any], *args: Any, **settings: An
     """Calls what a logger, or its experiment, can do. What fails there costs one warning, and not the run: that is not
     called again, nor anything of a logger that takes no metrics any more."""
     name = call.__name__
-    lost: set[str] = vars(logger).setdefault("_lost", set())
+    lost: set[str] = vars(logger).setdefault("lost", set())
     if name in lost or ("log_metrics" in lost and name != "finish"):
         return None
     try:
