@@ -106,8 +106,8 @@ def flowers(tmp_path: Path) -> np.ndarray:
 @pytest.fixture
 def my_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The document's own files, in the working folder, which `python -m` puts first on Python's path."""
-    python, *_ = blocks(ROOT / "docs/your-own-net.md", "python")
-    (tmp_path / "my_net.py").write_text(python)
+    python = blocks(ROOT / "docs/your-own-net.md", "python")
+    (tmp_path / "my_net.py").write_text("\n".join(python))
     (groups,) = blocks(ROOT / "docs/your-own-net.md", "yaml")
     (tmp_path / "groups.yaml").write_text(groups)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -188,7 +188,11 @@ def test_flags_that_documents_name_exist(capsys: pytest.CaptureFixture[str]) -> 
     known |= {"--shm"}  # Docker's --shm-size
     known |= {"--study", "--trials", "--storage", "--sort", "--json"}
     known |= {"--ckpt_path", "--logdir", "--print_config", "--model.net.num_classes", "--model.net.width"}
-    known |= {"--model.net.model_name"}  # of timm.create_model
+    known |= {
+        f"--model.net.{name}" for name in ("name", "model_name", "img_size", "drop_rate", "pretrained", "num_labels")
+    }
+    known |= {"--model.factor", "--trainer.callbacks.monitor", "--backend"}  # timm's, MLflow's
+    known |= {f"--trainer.logger.{name}" for name in ("offline", "project", "save_dir", "tracking_uri")}
     known |= {"--model.optimizer.weight_decay"}  # of classes that are named beside them, as are the next
     known |= {f"--model.scheduler.{name}" for name in ("max_lr", "step_size", "gamma")}
     for document in DOCUMENTS:

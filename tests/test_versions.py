@@ -118,7 +118,7 @@ INTERNALS = {
     "_parameters": ["torch.nn:Module"],
     "_parameters_to_prune": [f"{LIGHTNING}.callbacks:ModelPruning"],
     "_iteration_based_training": [f"{LIGHTNING}.loops.fit_loop:_FitLoop"],
-    "_prefix": [f"{LIGHTNING}.loggers:TensorBoardLogger"],
+    "_prefix": ["lightning.fabric.loggers:TensorBoardLogger"],
     "_parse_ckpt_path": [f"{LIGHTNING}.trainer.connectors.checkpoint_connector:_CheckpointConnector"],
     "_proc_member": ["tarfile:TarInfo"],
     "_process_group_backend": [f"{LIGHTNING}.strategies:DDPStrategy"],
