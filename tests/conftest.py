@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader
 
 pytest.register_assert_rewrite("helpers")
 
@@ -52,10 +54,21 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = hook
     sys.stdout, sys.stderr, lit_cifar.process._outputs[:] = streams
+    for loader in (DataLoader, BatchSampler):
+        _restore_loaders(loader)
     torch.backends.mkldnn.enabled = mkldnn
     torch.set_rng_state(random_state)
     os.environ.clear()
     os.environ.update(environment)
+
+
+def _restore_loaders(kind: Any) -> None:
+    """Lightning 2.6 patches torch's loaders around a hook that makes them, and leaves them so if the hook raises."""
+    for cls in (kind, *kind.__subclasses__()):
+        for name in ("__init__", "__setattr__", "__delattr__"):
+            if f"__old{name}" in vars(cls):
+                setattr(cls, name, vars(cls)[f"__old{name}"])
+                delattr(cls, f"__old{name}")
 
 
 drawn = functools.cache(shapes.draw_shapes)

@@ -551,8 +551,8 @@ def test_settings_may_be_numpys() -> None:
         ({"optimizer": "AdamW"}, "optimizer='AdamW' is no class, such as torch.optim.AdamW"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))])}, "is no class, such as torch.optim.AdamW"),
         ({"scheduler": torch.optim.lr_scheduler.StepLR, "scheduler_interval": "batch"}, "is none of step, epoch"),
-        ({"mean": (0.5,)}, "a mean and a std of 3"),
-        ({"net": Net}, "a net that is a torch.nn.Module"),
+        ({"mean": (0.5,)}, "give three numbers each"),
+        ({"net": Net}, "net gives type, no torch.nn.Module"),
     ],
 )
 def test_settings_that_the_parser_would_refuse_are_refused_in_python(options: dict[str, Any], message: str) -> None:

@@ -189,6 +189,9 @@ class CIFAR10DataModule(LightningDataModule):
                 f"there is no stage {stage!r}: set up 'fit', 'validate', 'test' or 'predict', or leave it out"
             )
         self._check_module()
+        # not in val_dataloader: what is raised there leaves torch's loaders as Lightning 2.6 has patched them
+        if stage == "validate" and not self.num_val and self.trainer and self.trainer.state.fn == "validate":
+            raise UserError("there are no images for validation: set --data.num_val above 0")
         if self.trainer is None and not is_command():  # both of which prepare first
             self.prepare_data()
         if not self._checked and log.rank() == 0:
@@ -270,11 +273,7 @@ class CIFAR10DataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DeviceLoader | list[DeviceLoader]:
-        if self._val:
-            return self._eval_loader(self._val)
-        if self.trainer and self.trainer.state.fn == "validate":
-            raise UserError("there are no images for validation: set --data.num_val above 0")
-        return []
+        return self._eval_loader(self._val) if self._val else []
 
     def test_dataloader(self) -> DeviceLoader:
         return self._eval_loader(self.test)

@@ -103,10 +103,10 @@ class LitClassifier(SavedModule):
         scheduler_monitor: str | None = None,
     ) -> None:
         groups = [Group.of(group) for group in groups or []] or None
-        if not isinstance(net, nn.Module) or len(mean) != 3 or len(std) != 3:
-            raise UserError(
-                "LitClassifier wants a net that is a torch.nn.Module, such as Net(), and a mean and a std of 3"
-            )
+        if not isinstance(net, nn.Module):
+            raise UserError(f"--model.net gives {type(net).__name__}, no torch.nn.Module: want a net, such as Net()")
+        if len(mean) != 3 or len(std) != 3:
+            raise UserError("--model.mean and --model.std: give three numbers each, one for each channel")
         mean, std = [float(each) for each in mean], [checked("--model.std", each, PositiveFloat) for each in std]  # type: ignore[assignment]
         optimizer, scheduler = made_again(optimizer), made_again(scheduler)
         settings = {key: plain(value) for key, value in locals().items() if key not in ("self", "net", "__class__")}
