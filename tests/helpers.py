@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from lit_cifar.data import shapes
 from lit_cifar.data.archives import ARCHIVES
+from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,3 +180,26 @@ def disk_with_room_for(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def draw_few(monkeypatch: pytest.MonkeyPatch, num_train: int, num_test: int) -> None:
+    """Has the data set of shapes draw no more images than these."""
+    draw = shapes.draw_shapes
+
+    def draw_some(train: bool) -> Split:
+        split, num_images = draw(train), num_train if train else num_test
+        return replace(split, images=split.images[:num_images], labels=split.labels[:num_images])
+
+    monkeypatch.setattr(shapes, "draw_shapes", draw_some)
+
+
+class Asking(nn.Linear):
+    """A net that asks for training images to begin with, and keeps them."""
+
+    images: Tensor | None = None
+
+    def init_from_images(self, images: Tensor) -> None:
+        self.images = images
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.mean((2, 3)))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Asking
 from lightning.pytorch import LightningDataModule, Trainer
 from sklearn.metrics import confusion_matrix, recall_score  # type: ignore[import-untyped]
 from torch import Tensor, nn
@@ -424,15 +425,6 @@ def test_sides_share_the_training_in_equal_parts_and_the_test_sees_all_pixels() 
 
 
 def test_a_net_that_asks_for_it_is_initialised_from_training_images_before_training() -> None:
-    class Asking(nn.Linear):
-        images: Tensor | None = None
-
-        def init_from_images(self, images: Tensor) -> None:
-            self.images = images
-
-        def forward(self, images: Tensor) -> Tensor:
-            return super().forward(images.mean((2, 3)))
-
     module = LitClassifier(Asking(3, 10))
     module.trainer = SimpleNamespace(datamodule=Data(), world_size=1)  # type: ignore[assignment]
     module.setup("test")

@@ -7,14 +7,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from helpers import ROOT, SHAPES, Run, error_of, results, scalars, weights
+from helpers import ROOT, SHAPES, Run, draw_few, error_of, results, scalars, weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -22,8 +21,6 @@ from lightning.pytorch.profilers import PassThroughProfiler
 import lit_cifar.fit
 import lit_cifar.test
 from lit_cifar.cli import blame
-from lit_cifar.data import shapes
-from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.folder import RUNS
@@ -48,13 +45,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """224 images for training, 7 batches or with VALIDATED 5, and 50 for the test."""
-    draw = shapes.draw_shapes
-
-    def draw_few(train: bool) -> Split:
-        split, num_images = draw(train), 224 if train else 50
-        return replace(split, images=split.images[:num_images], labels=split.labels[:num_images])
-
-    monkeypatch.setattr(shapes, "draw_shapes", draw_few)
+    draw_few(monkeypatch, num_train=224, num_test=50)
 
 
 def made(name: str, **arguments: Any) -> dict[str, Any]:

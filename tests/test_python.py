@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import ROOT, error_of
+from helpers import ROOT, Asking, error_of
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -160,15 +160,6 @@ def test_a_schedule_counts_the_batches_of_the_trainers_own_loader() -> None:
 
 
 def test_a_net_is_initialised_from_a_loaders_images_and_random_states_stay() -> None:
-    class Asking(nn.Linear):
-        images: Tensor | None = None
-
-        def init_from_images(self, images: Tensor) -> None:
-            self.images = images
-
-        def forward(self, images: Tensor) -> Tensor:
-            return super().forward(images.mean((2, 3)))
-
     seen = []
     for net in (Asking(3, 10), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))):
         drawn: list[Tensor] = []

@@ -3,7 +3,6 @@
 import io
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,16 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import SHAPES, assert_same_run, error_of, make_tree, results, scalars, weights
+from helpers import SHAPES, assert_same_run, draw_few, error_of, make_tree, results, scalars, weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import lit_cifar.fit
-from lit_cifar.data import shapes
 from lit_cifar.data.datamodule import CIFAR10DataModule
-from lit_cifar.data.split import Split
 from lit_cifar.model import steps
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.nets import Net
@@ -36,13 +33,7 @@ FINDER_FILES = (".lr_find_*", ".scale_batch_size_*", "checkpoints/.*")
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,000 images for training and 200 for the test."""
-    draw = shapes.draw_shapes
-
-    def draw_few(train: bool) -> Split:
-        split, num_images = draw(train), 1000 if train else 200
-        return replace(split, images=split.images[:num_images], labels=split.labels[:num_images])
-
-    monkeypatch.setattr(shapes, "draw_shapes", draw_few)
+    draw_few(monkeypatch, num_train=1000, num_test=200)
 
 
 class Dropping(torch.nn.Sequential):

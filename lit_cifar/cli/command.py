@@ -16,7 +16,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import SpikeDetection
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
 
 from lit_cifar import log
 from lit_cifar.cli import checks, finders, launch, machine, nets
@@ -209,10 +208,6 @@ class CLI(LightningCLI):
         self._loggers = self.config["trainer"].pop("logger")
         super().instantiate_classes()
         self.config = config
-        if not isinstance(self.model.net, nn.Module):
-            raise UserError(
-                f"--model.net gives {type(self.model.net).__name__}, no torch.nn.Module: name a net's class"
-            )
         self.datamodule.adopt_prepared(data)
         self.datamodule.trainer = self.trainer
         self.model.config = self.plain_config

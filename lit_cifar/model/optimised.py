@@ -107,7 +107,7 @@ class OptimisedModule(LightningModule):
         Raises:
             UserError: it cannot be made, lacks a setting, or has another value for it than the module.
         """
-        if self._optimizer is None or not isinstance(self.net, nn.Module):
+        if self._optimizer is None:
             return
         optimizer = self._make()
         named = getattr(optimizer, "named", optimizer)
@@ -302,10 +302,10 @@ class OptimisedModule(LightningModule):
     def _apply_settings(self, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
         """Gives an optimiser's groups the settings of a new one, but for what optimisers keep there besides."""
         new = self._make()
-        keys = {"name", *OPTIONS, *inspect.signature(type(getattr(new, "named", new))).parameters}
+        keys = {"name", *OPTIONS, *inspect.signature(type(getattr(new, "named", new))).parameters} - {"params"}
         factor = self._lr_factor(schedule.last_epoch) if schedule else 1.0
         for group, made in zip(optimizer.param_groups, new.param_groups, strict=False):  # a callback may add
-            group.update({key: value for key, value in made.items() if key in keys - {"params"}})
+            group.update({key: value for key, value in made.items() if key in keys})
             if schedule:
                 group["initial_lr"] = made["lr"]
                 group["lr"] = made["lr"] * factor

@@ -216,7 +216,7 @@ class SavedModule(OptimisedModule):
 
     def set_classes(self, classes: tuple[str, ...]) -> None:
         """Names the K classes."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: LitClassifier's, which makes a tally of so many classes for each stage
 
     def check_fits(self, checkpoint: dict[str, Any], classes: tuple[str, ...] = ()) -> None:
         """Checks that a checkpoint has this net's weights, and the data's classes: `classes`, or those of set_classes.
