@@ -15,55 +15,8 @@ NUM_MISTAKES = 16  # kept for the picture
 MOST_DENSE = 2000  # classes up to which a confusion matrix is dense: 32 MB
 
 
-class _Exact(Metric):
-    """A metric that moves to its module's device and keeps its numbers' types, whatever the weights become."""
-
-    full_state_update = False
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        # torchmetrics' own guard knows half() and its like, not to(dtype), with which --precision bf16-true converts
-        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
-
-
-class Outcomes(_Exact):
-    """What became of each image of all ranks: its true and predicted class, its loss, the net's confidence.
-
-    They are kept as they come, 16 bytes an image, where an image has 3,072; the CPU counts and sums them once, in
-    integers and float64. Apple's mps has no float64, and sums in float32 would drift. torchmetrics'
-    MulticlassConfusionMatrix counts the same, but waits for a GPU in each batch (bincount), and holds K x K numbers
-    four times; with 10,000 classes that is 3 GB.
-
-    Args:
-        num_classes: number of classes K.
-    """
-
-    pairs: list[Tensor]
-    losses: list[Tensor]
-    confidences: list[Tensor]
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        for name in ("pairs", "losses", "confidences"):
-            self.add_state(name, [], dist_reduce_fx="cat")
-
-    def update(self, labels: Tensor, predictions: Tensor, losses: Tensor, confidences: Tensor) -> None:
-        """Adds images by labels (B,) int64, predicted classes (B,) int64, K where there is none, cross-entropies (B,)
-        float32, and confidences (B,) float32, 0 to 1, NaN where there is none."""
-        self.pairs.append(labels * (self.num_classes + 1) + predictions)
-        self.losses.append(losses)
-        self.confidences.append(confidences)
-
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each image label * (K + 1) + prediction (N,) int64, loss and confidence (N,) float32, by ranks."""
-        if not len(self.pairs):
-            none = torch.zeros(0, device=self.device)
-            return none.long(), none, none
-        return dim_zero_cat(self.pairs), dim_zero_cat(self.losses), dim_zero_cat(self.confidences)
-
-
 def count_confusion(pairs: Tensor, num_classes: int) -> Tensor:
-    """The confusion matrix (K, K) int64 of `Outcomes.compute`'s pairs, on the CPU; rows true and columns predicted.
+    """The confusion matrix (K, K) int64 of `Tally.compute`'s pairs, on the CPU; rows true and columns predicted.
 
     Where images have no prediction, a last column counts them: (K, K + 1). Above MOST_DENSE classes it is sparse.
     """
@@ -94,7 +47,7 @@ class Calibration:
 
     @classmethod
     def of(cls, pairs: Tensor, confidences: Tensor, num_classes: int) -> "Calibration":
-        """From what Outcomes computes, on the CPU; an image without a confidence is left out."""
+        """From what Tally computes, on the CPU; an image without a confidence is left out."""
         known = ~confidences.isnan()
         pairs, confidences = pairs[known], confidences[known]
         bins = (confidences * NUM_BINS).long().clamp(max=NUM_BINS - 1)
@@ -128,62 +81,25 @@ class Mistakes:
     confidences: Tensor
 
     @classmethod
-    def of(cls, images: Tensor, labels: Tensor, predictions: Tensor, confidences: Tensor) -> "Mistakes":
-        """From what WorstMistakes computes."""
-        images, labels, predictions, confidences = images.cpu(), labels.cpu(), predictions.cpu(), confidences.cpu()
+    def of(cls, images: Tensor, pairs: Tensor, confidences: Tensor, num_classes: int) -> "Mistakes":
+        """From what Tally computes, on the CPU."""
         real = confidences >= 0
-        return cls(images[real], labels[real], predictions[real], confidences[real])
+        pairs = pairs[real]
+        return cls(images[real], pairs // (num_classes + 1), pairs % (num_classes + 1), confidences[real])
 
 
 def _join_ranks(state: Tensor) -> Tensor:
     return state.flatten(0, 1)  # (ranks, M, ...)
 
 
-class WorstMistakes(_Exact):
-    """The NUM_MISTAKES most confident mistakes of all ranks."""
-
-    images: Tensor
-    labels: Tensor
-    predictions: Tensor
-    confidences: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, shape, dtype, empty in (
-            ("images", (3, 32, 32), torch.uint8, 0),
-            ("labels", (), torch.int64, 0),
-            ("predictions", (), torch.int64, 0),
-            ("confidences", (), torch.float32, -1),  # below all real ones
-        ):
-            state = torch.full((NUM_MISTAKES, *shape), empty, dtype=dtype)
-            self.add_state(name, state, dist_reduce_fx=_join_ranks)
-
-    def update(self, images: Tensor, labels: Tensor, predictions: Tensor, confidences: Tensor) -> None:
-        """Takes in images (B, 3, 32, 32) uint8 with their labels and predicted classes (B,) int64, and confidences (B,)
-        float32, 0 to 1; an image whose confidence is NaN is left out.
-        """
-        confidences = torch.where((predictions == labels) | confidences.isnan(), -1.0, confidences)
-        confidences, new = confidences.topk(min(NUM_MISTAKES, len(labels)))
-        self.images, self.labels, self.predictions, self.confidences = self._worst(
-            torch.cat([self.images, images[new]]),
-            torch.cat([self.labels, labels[new]]),
-            torch.cat([self.predictions, predictions[new]]),
-            torch.cat([self.confidences, confidences]),
-        )
-
-    def _worst(
-        self, images: Tensor, labels: Tensor, predictions: Tensor, confidences: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        confidences, worst = confidences.topk(NUM_MISTAKES)
-        return images[worst], labels[worst], predictions[worst], confidences
-
-    def compute(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The fields of Mistakes, NUM_MISTAKES of each; where there were fewer, the rest have a confidence of -1."""
-        return self._worst(self.images, self.labels, self.predictions, self.confidences)
-
-
-class Tally(nn.Module):
+class Tally(Metric):
     """All that is counted in one stage of evaluation: confusion matrix, loss, calibration and worst mistakes.
+
+    What became of each image of all ranks (its true and predicted class, its loss, the net's confidence) is kept as it
+    comes, 16 bytes an image, where an image has 3,072; the CPU counts and sums it once, in integers and float64.
+    Apple's mps has no float64, and sums in float32 would drift. torchmetrics' MulticlassConfusionMatrix counts the
+    same, but waits for a GPU in each batch (bincount), and holds K x K numbers four times; with 10,000 classes that is
+    3 GB.
 
     The counts move with the module that holds the tally, and are not in its state_dict. Nothing waits for the device
     before `take`.
@@ -192,13 +108,30 @@ class Tally(nn.Module):
         num_classes: number of classes K.
     """
 
+    full_state_update = False
+    pairs: list[Tensor]
+    losses: list[Tensor]
+    confidences: list[Tensor]
+    worst_images: Tensor
+    worst_pairs: Tensor
+    worst_confidences: Tensor
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.outcomes = Outcomes(num_classes)
-        self.mistakes = WorstMistakes()
+        for name in ("pairs", "losses", "confidences"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+        images, pairs = torch.zeros(NUM_MISTAKES, 3, 32, 32).byte(), torch.zeros(NUM_MISTAKES).long()
+        self.add_state("worst_images", images, dist_reduce_fx=_join_ranks)
+        self.add_state("worst_pairs", pairs, dist_reduce_fx=_join_ranks)
+        below_all = torch.full((NUM_MISTAKES,), -1.0)
+        self.add_state("worst_confidences", below_all, dist_reduce_fx=_join_ranks)
 
-    @torch.no_grad()
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        # numbers keep their types, whatever the weights become: torchmetrics' own guard knows half() and its like, not
+        # to(dtype), with which --precision bf16-true converts
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
+
     def update(self, logits: Tensor, images: Tensor, labels: Tensor) -> None:
         """Counts images (B, 3, 32, 32) uint8 by their logits (B, K), of any float dtype, and labels (B,) int64.
 
@@ -209,9 +142,25 @@ class Tally(nn.Module):
         undecided = probabilities[:, 0].isnan()  # softmax makes all of a row NaN, or nothing
         predictions = torch.where(undecided, self.num_classes, logits.argmax(1))
         confidences = torch.where(undecided, math.nan, probabilities.amax(1))
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        self.outcomes.update(labels, predictions, losses, confidences)
-        self.mistakes.update(images, labels, predictions, confidences)
+        pairs = labels * (self.num_classes + 1) + predictions
+        self.pairs.append(pairs)
+        self.losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        self.confidences.append(confidences)
+        wrong = torch.where((predictions == labels) | undecided, -1.0, confidences)
+        wrong, new = wrong.topk(min(NUM_MISTAKES, len(labels)))
+        self.worst_images = torch.cat([self.worst_images, images[new]])
+        self.worst_pairs = torch.cat([self.worst_pairs, pairs[new]])
+        self.worst_confidences = torch.cat([self.worst_confidences, wrong])
+        self.worst_images, self.worst_pairs, self.worst_confidences = self._worst()
+
+    def _worst(self) -> tuple[Tensor, Tensor, Tensor]:
+        confidences, worst = self.worst_confidences.topk(NUM_MISTAKES)
+        return self.worst_images[worst], self.worst_pairs[worst], confidences
+
+    def compute(self) -> tuple[Tensor, ...]:
+        """Of each image label * (K + 1) + prediction (N,) int64, K where there is no prediction, loss and confidence
+        (N,) float32, by ranks; images, pairs and confidences of NUM_MISTAKES mistakes, of -1 where there are fewer."""
+        return *map(dim_zero_cat, (self.pairs, self.losses, self.confidences)), *self._worst()
 
     def take(self) -> tuple[Tensor, float, Calibration, Mistakes]:
         """What was counted on all ranks, for a Report; counting starts again from nothing.
@@ -222,17 +171,14 @@ class Tally(nn.Module):
             The confusion matrix, as count_confusion gives it; the mean cross-entropy, NaN where a logit is; the
             calibration; the worst mistakes. All tensors are on the CPU.
         """
-        pairs, losses, confidences = (values.cpu() for values in self.outcomes.compute())
-        taken = (
+        if not self.update_called:  # a loader without a batch
+            none = torch.zeros(0, device=self.device)
+            self.update(none.new_zeros(0, self.num_classes), none.new_zeros(0, 3, 32, 32).byte(), none.long())
+        pairs, losses, confidences, *worst = (values.cpu() for values in self.compute())
+        self.reset()
+        return (
             count_confusion(pairs, self.num_classes),
             float(losses.double().mean()),
             Calibration.of(pairs, confidences, self.num_classes),
-            Mistakes.of(*self.mistakes.compute()),
+            Mistakes.of(worst[0], worst[1], worst[2], self.num_classes),
         )
-        self.reset()
-        return taken
-
-    def reset(self) -> None:
-        """Forgets what was counted."""
-        for metric in (self.outcomes, self.mistakes):
-            metric.reset()
