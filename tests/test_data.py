@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -556,12 +557,15 @@ def test_its_settings_are_plain_values_and_make_it_again() -> None:
         ),
         *({"transform": [1]}, {"transform": "RandAugment"}, {"augment": {"crops": 1}}, {"augment": {"crop": 0.5}}),
         *({"augment": {"flip": "x"}}, {"mean": 0.5}, {"std": (0, 1, 1)}, {"data_dir": None}, {"normalised": 1}),
+        *({"batch_size": "64"}, {"num_val": 0.1}, {"augment": None}, {"normalised": "yes"}, {"mean": (math.nan,) * 3}),
+        *({"std": (1, 1, math.inf)}, {"mirrors": ""}, {"batch_size": np.array([4])}, {"dataset": np.array(["a", "b"])}),
     ],
     ids=str,
 )
 def test_a_wrong_setting_in_python_is_one_line_that_names_it(setting: dict[str, Any]) -> None:
     line = error_of(lambda: CIFAR10DataModule(**{"dataset": "shapes", **setting}))
     assert line.startswith(next(iter(setting)))
+    assert line.isprintable()
 
 
 def test_images_that_nobody_has_read_and_stages_that_are_none_are_told() -> None:

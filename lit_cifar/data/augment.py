@@ -1,16 +1,16 @@
 """Crop, flip, cutout and colour as arithmetic on a batch of uint8 images. Nothing here knows epochs: `draw` takes a
 generator that loader.py has seeded, and `apply` takes what was drawn."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
+from lit_cifar.data.settings import check_settings
 from lit_cifar.errors import UserError
 
 CUTOUT_FILL = 122  # grey of 0..255, about CIFAR-10's mean pixel, so that the net sees some zeros after normalising
@@ -65,14 +65,7 @@ class Augment:
     contrast: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
-        for name, choices in (("pad", get_args(Pad)), ("flip", get_args(Flip))):
-            if (chosen := getattr(self, name)) not in choices:
-                raise UserError(f"--data.augment.{name} is {chosen!r}: expected {' or '.join(choices)}")
-        for name in ("crop", "cutout", "brightness", "contrast"):
-            number: Any = getattr(self, name)
-            whole = name in ("crop", "cutout")
-            if not (isinstance(number, SupportsIndex if whole else (int, float)) and 0 <= float(number) < math.inf):
-                raise UserError(f"--data.augment.{name} is {number!r}: expected a {'whole ' * whole}number from 0 on")
+        check_settings(vars(self), get_type_hints(Augment), "--data.augment")
         if self.pad == "reflect" and self.crop > 31:
             raise UserError(
                 f"--data.augment.crop {self.crop} does not go with --data.augment.pad reflect: choose 31 or less"

@@ -3,14 +3,13 @@ each batch is in loader.py and augment.py."""
 
 import functools
 import inspect
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, get_type_hints
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from lit_cifar.data.augment import Augment
 from lit_cifar.data.cache import SPLITS
 from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches
 from lit_cifar.data.official import DEFAULT_DATA_DIR, OfficialFiles
+from lit_cifar.data.settings import check_settings
 from lit_cifar.data.source import Source, find_source
 from lit_cifar.data.split import Split, split_validation
 from lit_cifar.data.tree import Tree
@@ -28,7 +28,6 @@ from lit_cifar.files import local_path
 from lit_cifar.text import is_command
 
 Dataset = Literal["cifar10", "cifar100", "shapes"]
-LEAST = {"batch_size": 1, "eval_batch_size": 1, "num_val": 0, "num_workers": 0}  # of whole numbers
 NUM_WORKERS = 2
 # On a CPU 2,000 images at once take 10 % longer each than 500, and SpeedNet 0.75 GB more memory (one thread).
 EVAL_BATCH, GPU_EVAL_BATCH = 500, 2000
@@ -83,12 +82,9 @@ class CIFAR10DataModule(LightningDataModule):
         seed: int = 0,
         normalised: bool = False,
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
-        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5),
     ) -> None:
         super().__init__()
-        if not isinstance(data_dir, (str, os.PathLike)):
-            raise UserError(f"--data_dir {data_dir!r} is no path")
-        self.data_dir = local_path(data_dir, "--data_dir")
         self.dataset = dataset
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -103,7 +99,13 @@ class CIFAR10DataModule(LightningDataModule):
         self.mean, self.std = mean, std
         if isinstance(augment, dict) and augment.keys() <= vars(Augment()).keys():
             self.augment = Augment(**augment)
-        self._check_settings()
+        kinds = {**get_type_hints(CIFAR10DataModule.__init__), "data_dir": str | os.PathLike}
+        check_settings({**vars(self), "data_dir": data_dir}, kinds, "--data")
+        for name in ("batch_size", "eval_batch_size", "num_val", "num_workers", "seed"):  # plain, for checkpoints
+            setattr(self, name, None if getattr(self, name) is None else int(getattr(self, name)))
+        self.data_dir = local_path(data_dir, "--data_dir")
+        if mirrors is not None and not mirrors:
+            raise UserError("--data.mirrors names none: list one at least, or leave it out for the public ones")
         if not is_command():  # whose config has them
             self.save_hyperparameters(self._plain_settings())
             self._hparams_name = "kwargs"  # for load_from_checkpoint
@@ -112,32 +114,6 @@ class CIFAR10DataModule(LightningDataModule):
         self._val: Split | None = None
         self._test: Split | None = None
         self._checked = False  # whether settings without effect were looked for
-
-    def _check_settings(self) -> None:
-        """As the parser checks them for commands."""
-        if self.mirrors in ([], ()):
-            raise UserError("--data.mirrors names none: list one at least, or leave it out for the public ones")
-        wanted = {
-            "dataset": (self.dataset in get_args(Dataset), f"one of {', '.join(get_args(Dataset))}"),
-            "augment": (isinstance(self.augment, Augment), "Augment(...), or a dict of its settings"),
-            "transform": (_is_list(self.transform or [], nn.Module), "a list of modules, such as torchvision's v2"),
-            "mirrors": (_is_list(self.mirrors or [], str), "a list of URLs and folders"),
-            "drop_last": (isinstance(self.drop_last, bool), "true or false"),
-            "normalised": (isinstance(self.normalised, bool), "true or false"),
-            "mean": (_is_list(self.mean, float, int) and len(self.mean) == 3, "three numbers"),
-            "std": (_is_list(self.std, float, int) and len(self.std) == 3 and min(self.std) > 0, "three above 0"),
-            "seed": (_is_whole(self.seed, -math.inf), "a whole number"),
-        }
-        for name, least in LEAST.items():
-            number = getattr(self, name)
-            is_open = number is None and name == "eval_batch_size"
-            wanted[name] = is_open or _is_whole(number, least), f"a whole number from {least} on"
-        for name, (is_right, words) in wanted.items():
-            if not is_right:
-                given = " ".join(repr(getattr(self, name)).split())[:200]
-                raise UserError(f"--data.{name} is {given}: expected {words}")
-        for name in LEAST:  # as plain numbers, which the parser's own types are not
-            setattr(self, name, None if getattr(self, name) is None else int(getattr(self, name)))
 
     def _plain_settings(self) -> dict[str, Any]:
         """All that decides the batches, for loggers and checkpoints."""
@@ -322,11 +298,3 @@ class CIFAR10DataModule(LightningDataModule):
 def _normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """What ToTensor and Normalize of torchvision make of uint8 images, to the bit."""
     return images.float().div_(255).sub_(mean).div_(std)
-
-
-def _is_whole(number: Any, least: float) -> bool:
-    return isinstance(number, SupportsIndex) and not isinstance(number, bool) and int(number) >= least
-
-
-def _is_list(values: Any, *kinds: type) -> bool:
-    return isinstance(values, (list, tuple)) and all(isinstance(value, kinds) for value in values)
