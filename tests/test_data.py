@@ -3,7 +3,11 @@
 import copy
 import hashlib
 import math
+import os
 import pickle
+import re
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +19,9 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import error_of, write_official
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -521,6 +527,58 @@ def test_somebody_elses_module_trains_and_the_data_module_goes_from_trainer_to_t
     assert line.startswith("LitClassifier normalises uint8 images itself")
     line = error_of(lambda: trainer().validate(Foreign(), datamodule=CIFAR10DataModule(dataset="shapes")))
     assert line == "there are no images for validation: set num_val above 0"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_somebody_elses_module_may_have_settings_of_the_same_names() -> None:
+    module, csv = Foreign(), CSVLogger(".")
+    module.save_hyperparameters({"batch_size": 3, "mean": (0.1, 0.2, 0.3), "width": 7})
+    trainer(logger=csv).fit(module, datamodule=CIFAR10DataModule(dataset="shapes", batch_size=32, normalised=True))
+    noted = yaml.full_load(Path(csv.log_dir, "hparams.yaml").read_text())
+    assert (noted["batch_size"], noted["data/batch_size"], noted["num_val"], noted["width"]) == (3, 32, 0, 7)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_first_rank_alone_says_which_settings_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in range(2):
+        data = CIFAR10DataModule(dataset="shapes", num_workers=7)
+        data.trainer = SimpleNamespace(global_rank=rank, lightning_module=Foreign())  # type: ignore[assignment]
+        data.setup("fit")
+    assert capsys.readouterr().err.count("num_workers=7 has no effect") == 1
+
+
+RANKS = """
+import sys
+import lightning as L
+import torch
+from torchvision.transforms import v2
+from lit_cifar import CIFAR10DataModule
+from test_data import Foreign
+
+if __name__ == "__main__":
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(accelerator="cpu", devices=2, max_epochs=2, limit_train_batches=3, **quiet)
+    settings = {"dataset": "shapes", "batch_size": 64, "num_val": 101, "num_workers": 1}
+    data = CIFAR10DataModule(transform=v2.RandomInvert(), normalised=True, **settings)
+    module = Foreign()
+    for stage in (trainer.fit, trainer.validate, trainer.test):
+        stage(module, datamodule=data)
+    seen = sum(len(labels) for loader in (data.val_dataloader(), data.test_dataloader()) for _, labels in loader)
+    weight = trainer.strategy.reduce(module.net[1].weight.detach().clone(), reduce_op="max")
+    print(f"<{seen} {torch.equal(weight, module.net[1].weight)}>", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_somebody_elses_module_trains_on_two_processes() -> None:
+    Path("ranks.py").write_text(RANKS)
+    paths = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    done = subprocess.run(
+        [sys.executable, "ranks.py"], env={**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall(r"<(\d+ \w+)>", done.stdout)) == ["1050 True", "1051 True"]
 
 
 def test_no_rank_of_somebody_elses_module_gets_a_batch_without_images() -> None:

@@ -121,7 +121,7 @@ class CIFAR10DataModule(LightningDataModule):
         settings["data_dir"], settings["augment"] = str(self.data_dir), asdict(self.augment)
         settings["transform"] = self.transform and [repr(part) for part in self.transform]
         settings["mean"], settings["std"] = list(self.mean), list(self.std)
-        # LitClassifier has settings of these names, and Lightning wants no two values for one
+        # others normalise images themselves, perhaps with other numbers
         return {name: value for name, value in settings.items() if self.normalised or name not in self.IN_PYTHON}
 
     @property
@@ -170,7 +170,7 @@ class CIFAR10DataModule(LightningDataModule):
             raise UserError("there are no images for validation: set --data.num_val above 0")
         if self.trainer is None and not is_command():  # both of which prepare first
             self.prepare_data()
-        if not self._checked and log.rank() == 0:
+        if not self._checked and (self.trainer.global_rank if self.trainer else log.rank()) == 0:
             for line in self._without_effect(stage):
                 log.warn(line)
         self._checked = True
@@ -193,6 +193,10 @@ class CIFAR10DataModule(LightningDataModule):
                 f"{type(module).__name__} normalises uint8 images itself: leave out normalised=True, and give it the "
                 "mean and std"
             )
+        for name in getattr(module, "hparams_initial", {}).keys() & self.hparams_initial.keys():
+            # for loggers; Lightning would end the run where the values differ
+            mine: Any = self.__dict__["_hparams_initial"]
+            mine[f"data/{name}"] = mine.pop(name)
 
     def _without_effect(self, stage: str | None) -> Iterator[str]:
         """Lines on what was chosen and changes nothing; a chosen default looks like one that was left alone."""
