@@ -23,7 +23,7 @@ import pytest
 
 from lit_cifar.data import download
 from lit_cifar.data.archives import ARCHIVES, Archive, unpack
-from lit_cifar.data.download import fetch_archive, fetch_folder
+from lit_cifar.data.download import fetch_folder
 from lit_cifar.data.mirror import Limits
 from lit_cifar.errors import UserError
 
@@ -172,8 +172,8 @@ def no_ranges(handler: Handler) -> None:
 def get(folder: Path, *mirrors: Mirror | str) -> Path:
     """Fetches, and checks what holds after every success."""
     addresses = [mirror if isinstance(mirror, str) else mirror.url for mirror in mirrors]
-    path = fetch_archive(folder, SPEC, addresses, limits=LIMITS)
-    assert path == folder / SPEC.name
+    fetch_folder(folder, SPEC, addresses, limits=LIMITS)
+    path = folder / SPEC.name
     assert path.read_bytes() == DATA
     assert not (folder / PART).exists()
     return path
@@ -250,7 +250,7 @@ def test_whole_but_wrong_part_of_an_earlier_run_is_replaced(serve: Serve, tmp_pa
 
 def test_whole_part_of_an_earlier_run_needs_no_mirror(tmp_path: Path) -> None:
     put_part(tmp_path, DATA)
-    fetch_archive(tmp_path, SPEC, [])
+    fetch_folder(tmp_path, SPEC, [])
     assert (tmp_path / SPEC.name).read_bytes() == DATA
 
 
@@ -401,15 +401,12 @@ def test_good_archive_is_used_without_a_request(serve: Serve, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", [DATA[:HALF], FLIPPED], ids=["cut short", "flipped"])
-@pytest.mark.parametrize("function", [fetch_archive, fetch_folder])
-def test_bad_archive_is_named_and_left_alone(
-    serve: Serve, tmp_path: Path, function: Callable[..., Path], content: bytes
-) -> None:
+def test_bad_archive_is_named_and_left_alone(serve: Serve, tmp_path: Path, content: bytes) -> None:
     mirror = serve(good)
     path = tmp_path / SPEC.name
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        function(tmp_path, SPEC, [mirror.url], limits=LIMITS)
+        fetch_folder(tmp_path, SPEC, [mirror.url], limits=LIMITS)
     for words in (str(path), f"{len(content)} bytes", f"expected {len(DATA)}", "delete it and start again"):
         assert words in str(caught.value)
     assert path.read_bytes() == content
@@ -588,7 +585,7 @@ def test_resolver_that_hangs_is_bounded(tmp_path: Path, monkeypatch: pytest.Monk
     limits = Limits(connect_seconds=0.2)
     started_at = time.monotonic()
     with pytest.raises(UserError, match=r"no mirror could be reached \(last: www\.cs\.toronto\.edu: no answer in 0"):
-        fetch_archive(tmp_path, replace(SPEC, mirrors=spec.mirrors), limits=limits)
+        fetch_folder(tmp_path, replace(SPEC, mirrors=spec.mirrors), limits=limits)
     seconds = time.monotonic() - started_at
     released.set()
     assert seconds < 0.2 * (len(spec.mirrors) + 0.5) + 1
@@ -635,7 +632,7 @@ def test_bar_where_stderr_is_a_terminal(serve: Serve, tmp_path: Path, monkeypatc
 def test_an_archives_own_mirrors_are_asked_where_none_are_named(serve: Serve, tmp_path: Path) -> None:
     own, named = serve(good), serve(good)
     spec = replace(SPEC, mirrors=(own.url,))
-    fetch_archive(tmp_path / "a", spec, [named.url], limits=LIMITS)
+    fetch_folder(tmp_path / "a", spec, [named.url], limits=LIMITS)
     assert (own.starts, named.starts) == ([], [0])
     fetch_folder(tmp_path / "b", spec, limits=LIMITS)
     assert (own.starts, named.starts) == ([0], [0])

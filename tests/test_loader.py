@@ -73,15 +73,21 @@ def pixels_by_label(batches: Batches) -> dict[int, Tensor]:
 # ---- TrainBatches ----
 
 
+def shares_of(batches: TrainBatches | EvalBatches, epoch: int = 0) -> list[Tensor]:
+    """A rank's indices of each batch."""
+    indices, sizes = batches.indices(epoch)
+    return list(indices.split(sizes))
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("num_images", [24, 23, 20, 19])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_ranks_share_exactly_the_batch_of_one_rank(num_ranks: int, num_images: int, drop_last: bool) -> None:
     whole = TrainBatches(num_images, 6, seed=5, drop_last=drop_last)
     ranks = [TrainBatches(num_images, 6, 5, True, drop_last, rank, num_ranks) for rank in range(num_ranks)]
-    expected = whole.shares(epoch=2)
-    assert all(len(rank) == len(rank.shares(2)) == len(expected) for rank in ranks)
-    for index, (batch, *shares) in enumerate(zip(expected, *(rank.shares(2) for rank in ranks), strict=True)):
+    expected = shares_of(whole, 2)
+    assert all(len(rank) == len(shares_of(rank, 2)) == len(expected) for rank in ranks)
+    for index, (batch, *shares) in enumerate(zip(expected, *(shares_of(rank, 2) for rank in ranks), strict=True)):
         assert sorted(torch.cat(shares).tolist()) == sorted(batch.tolist())
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         assert all(rank.num_in_batch(index) == len(batch) for rank in ranks)
@@ -137,7 +143,7 @@ def test_evaluation_takes_every_image_once_in_equally_many_batches(
     num_images: int, num_ranks: int, batch_size: int
 ) -> None:
     ranks = [EvalBatches(num_images, batch_size, rank, num_ranks) for rank in range(num_ranks)]
-    shares = [rank.shares() for rank in ranks]
+    shares = [shares_of(rank) for rank in ranks]
     assert sorted(torch.cat([share for mine in shares for share in mine]).tolist()) == list(range(num_images))
     assert {len(mine) for mine in shares} == {len(rank) for rank in ranks} == {len(ranks[0])}
     totals = [sum(map(len, mine)) for mine in shares]

@@ -98,7 +98,7 @@ def test_the_ranks_mean_of_loss_and_gradients_is_the_whole_batchs(
     torch.manual_seed(0)
     module = LitClassifier(Net(), label_smoothing=label_smoothing).double()
     parameters = list(module.parameters())
-    order = TrainBatches(num_images, 6, 3).shares(0)
+    order = TrainBatches(num_images, 6, 3).order(0).split(6)
     for indices, losses in zip(order, training_losses(module, split, 6, num_ranks), strict=True):
         expected = F.cross_entropy(
             module(split.images[indices]), split.labels[indices], label_smoothing=label_smoothing

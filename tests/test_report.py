@@ -63,10 +63,10 @@ def test_the_table_is_aligned_and_holds_each_classs_counts() -> None:
 
 
 def test_pairs_are_told_by_their_share_of_the_true_class_and_never_one_that_did_not_happen() -> None:
-    assert REPORT.confused_pairs(2) == [("dog", "cat", 2 / 7), ("dog", "axolotl", 1 / 7)]
-    assert len(REPORT.confused_pairs(9)) == 3
+    assert REPORT.worst_cells(2) == [(2, 0, 2, 2 / 7), (2, 1, 1, 1 / 7)]
+    assert len(REPORT.worst_cells(9)) == 3
     right = Report(torch.eye(2, dtype=torch.int64), 0.0, ("cat", "dog"), CALIBRATION, MISTAKES)
-    assert right.confused_pairs() == []
+    assert right.worst_cells(5) == []
     assert "confused" not in right.table()
 
 
@@ -111,7 +111,7 @@ def test_images_whose_logits_are_not_finite_count_as_wrong_and_are_said() -> Non
     report = Report(confusion, math.nan, ("cat", "dog"), CALIBRATION, MISTAKES)
     assert (report.num_images, report.num_not_finite, report.accuracy) == (20, 7, 0.6)
     assert report.per_class_accuracy == {"cat": 0.3, "dog": 0.9}
-    assert report.confused_pairs() == [("cat", "dog", 0.1)]
+    assert report.worst_cells(5) == [(0, 1, 1, 0.1)]
     results = report.results()
     assert (results["confusion_matrix"], results["num_not_finite"], results["loss"]) == ([[3, 1], [0, 9]], 7, None)
     (warning,) = report.warnings()

@@ -264,9 +264,8 @@ class CIFAR10DataModule(LightningDataModule):
 
     def num_batches(self) -> dict[str, int]:
         """Batches of 'train', 'val' and 'test' on each rank, of those that are set up and have images."""
-        evaluated = {"val": self._val, "test": self._test}
-        num_evaluated = {stage: len(self._eval_batches(split)) for stage, split in evaluated.items() if split}
-        return {"train": len(self.train_batches()), **num_evaluated}
+        of_stages = {"train": self.train_batches(), "val": self.eval_batches("val"), "test": self.eval_batches("test")}
+        return {stage: len(batches) for stage, batches in of_stages.items() if batches is not None}
 
     def eval_batches(self, stage: str) -> EvalBatches | None:
         """The shares of 'val' or 'test' images on this rank, without their pixels; None where there are none."""

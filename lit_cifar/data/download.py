@@ -27,24 +27,10 @@ EARLIER_RUN = "an earlier run"  # stands among the givers for the bytes of a par
 def fetch_folder(
     folder: Path, spec: Archive, mirrors: Sequence[str] | None = None, *, limits: Limits | None = None
 ) -> Path:
-    """Gives `folder`/`spec.folder`: at once when it is there, otherwise from the archive, fetched when absent.
+    """Gives `folder`/`spec.folder`: at once when it is there, otherwise from the archive `folder`/`spec.name`, fetched
+    from the first mirrors that deliver when it is absent.
 
-    Any number of processes may call this at once: one works, the others wait. Raises what `fetch_archive` raises.
-    """
-    ready = folder / spec.folder
-    if ready.is_dir():
-        return ready
-    limits = limits or Limits()
-    with locked(folder, spec, limits.quiet_seconds):
-        if ready.is_dir():  # made by another process while this one waited
-            return ready
-        return unpack_verified(_fetch(folder, spec, mirrors, limits), folder, spec)
-
-
-def fetch_archive(
-    folder: Path, spec: Archive, mirrors: Sequence[str] | None = None, *, limits: Limits | None = None
-) -> Path:
-    """Gives the verified archive `folder`/`spec.name`, from the first mirrors that deliver when absent.
+    Any number of processes may call this at once: one works, the others wait.
 
     Args:
         folder: where the archive is kept; made if need be.
@@ -57,18 +43,19 @@ def fetch_archive(
         UserError: no mirror delivers, a bad archive is there already (it is left alone), or the folder cannot be
             written, locked or has no room. Bytes that have arrived are kept and continued by the next call.
     """
+    ready = folder / spec.folder
+    if ready.is_dir():
+        return ready
     limits = limits or Limits()
     with locked(folder, spec, limits.quiet_seconds):
-        return _fetch(folder, spec, mirrors, limits)
-
-
-def _fetch(folder: Path, spec: Archive, mirrors: Sequence[str] | None, limits: Limits) -> Path:
-    archive = folder / spec.name
-    if archive.exists():
-        verify(archive, spec)
-    else:
-        _Download(folder, spec.mirrors if mirrors is None else mirrors, spec, limits).run()
-    return archive
+        if ready.is_dir():  # made by another process while this one waited
+            return ready
+        archive = folder / spec.name
+        if archive.exists():
+            verify(archive, spec)
+        else:
+            _Download(folder, spec.mirrors if mirrors is None else mirrors, spec, limits).run()
+        return unpack_verified(archive, folder, spec)
 
 
 class _MixedError(Exception):

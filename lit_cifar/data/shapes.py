@@ -19,41 +19,41 @@ SIN72, SIN36 = math.sqrt(1 - COS72 * COS72), math.sqrt(1 - COS36 * COS36)
 STAR_NORMALS = ((0.0, 1.0), (SIN72, COS72), (-SIN72, COS72), (SIN36, -COS36), (-SIN36, -COS36))
 
 
-def _bar(u: Floats, v: Floats) -> Floats:
+def bar(u: Floats, v: Floats) -> Floats:
     return np.minimum(0.95 - np.abs(u), 0.28 - np.abs(v))
 
 
-def _circle(u: Floats, v: Floats) -> Floats:
+def circle(u: Floats, v: Floats) -> Floats:
     return 0.82 - np.sqrt(u * u + v * v)
 
 
-def _crescent(u: Floats, v: Floats) -> Floats:
+def crescent(u: Floats, v: Floats) -> Floats:
     return np.minimum(0.9 - np.sqrt(u * u + v * v), np.sqrt((u - 0.45) * (u - 0.45) + v * v) - 0.7)
 
 
-def _cross(u: Floats, v: Floats) -> Floats:
-    return np.maximum(_bar(u, v), _bar(v, u))
+def cross(u: Floats, v: Floats) -> Floats:
+    return np.maximum(bar(u, v), bar(v, u))
 
 
-def _diamond(u: Floats, v: Floats) -> Floats:
+def diamond(u: Floats, v: Floats) -> Floats:
     return (0.6 * 0.95 - 0.95 * np.abs(u) - 0.6 * np.abs(v)) / math.sqrt(0.6 * 0.6 + 0.95 * 0.95)
 
 
-def _heart(u: Floats, v: Floats) -> Floats:
+def heart(u: Floats, v: Floats) -> Floats:
     u = np.abs(u)
     lobe = 0.75 * math.sqrt(0.5) - np.sqrt((u - 0.375) * (u - 0.375) + (v + 0.375) * (v + 0.375))
     return np.maximum(lobe, (0.75 - u - np.abs(v)) * math.sqrt(0.5))
 
 
-def _ring(u: Floats, v: Floats) -> Floats:
+def ring(u: Floats, v: Floats) -> Floats:
     return 0.2 - np.abs(np.sqrt(u * u + v * v) - 0.7)
 
 
-def _square(u: Floats, v: Floats) -> Floats:
+def square(u: Floats, v: Floats) -> Floats:
     return 0.72 - np.maximum(np.abs(u), np.abs(v))
 
 
-def _star(u: Floats, v: Floats) -> Floats:
+def star(u: Floats, v: Floats) -> Floats:
     # Inside where at least four of five half-planes hold: the second smallest of their distances.
     lowest = second = np.full_like(u, 9.0)
     for x, y in STAR_NORMALS:
@@ -63,7 +63,7 @@ def _star(u: Floats, v: Floats) -> Floats:
     return second
 
 
-def _triangle(u: Floats, v: Floats) -> Floats:
+def triangle(u: Floats, v: Floats) -> Floats:
     return 0.5 - np.maximum(v, math.sqrt(0.75) * np.abs(u) - 0.5 * v)
 
 
@@ -71,16 +71,7 @@ def _triangle(u: Floats, v: Floats) -> Floats:
 # positive inside. Some are alike on purpose (circle and heart, diamond and square, cross and star): the tutorial
 # recipe is to learn them in seconds and still to confuse a few.
 SHAPES: dict[str, Shape] = {
-    "bar": _bar,
-    "circle": _circle,
-    "crescent": _crescent,
-    "cross": _cross,
-    "diamond": _diamond,
-    "heart": _heart,
-    "ring": _ring,
-    "square": _square,
-    "star": _star,
-    "triangle": _triangle,
+    shape.__name__: shape for shape in (bar, circle, crescent, cross, diamond, heart, ring, square, star, triangle)
 }
 CLASSES = tuple(SHAPES)
 

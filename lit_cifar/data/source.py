@@ -2,43 +2,19 @@
 
 import os
 from collections.abc import Sequence
-from typing import Protocol
 
 from lit_cifar.data.archives import ARCHIVES
 from lit_cifar.data.cache import SPLITS
 from lit_cifar.data.members import ARCHIVE_SUFFIXES
 from lit_cifar.data.official import OfficialArchive, OfficialFiles, official_folder, other_dataset, published_in
 from lit_cifar.data.shapes import Shapes
-from lit_cifar.data.split import Split
 from lit_cifar.data.tree import Tree
 from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
 
-
-class Source(Protocol):
-    """Where images come from."""
-
-    @property
-    def is_here(self) -> bool:
-        """Whether the images are on this machine; otherwise `prepare` downloads them."""
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes K, without a download; a tree is prepared for it, and raises what `prepare` raises."""
-
-    def prepare(self) -> None:
-        """Downloads, unpacks or decodes what is missing; locks let any number of processes call it at once.
-
-        Raises:
-            UserError: there are no images and no way to get them, or they are damaged.
-        """
-
-    def read(self, train: bool) -> Split:
-        """The training or test images; `prepare` comes first.
-
-        Raises:
-            UserError: they are not there, or damaged.
-        """
+# Where images come from. Each has `is_here`, whether they are on this machine; `num_classes`, known without a download;
+# `prepare()`, which downloads, unpacks or decodes what is missing; and `read(train)`, before which `prepare` comes.
+Source = OfficialFiles | OfficialArchive | Tree | Shapes
 
 
 def find_source(

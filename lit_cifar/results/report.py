@@ -32,6 +32,7 @@ except ImportError:  # Windows has no such thing
 
 MOST_LISTED = 100  # classes up to which a table lists them all, and dashboards get a curve for each
 NUM_WORST, NUM_BEST = 10, 5  # of more classes than that a table lists so many
+NUM_PAIRS = 5  # of classes that a table names as confused most
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,6 @@ class Report:
         order = wrong[np.lexsort((-counts[wrong], -shares[wrong]))][:num_cells]
         return [(int(rows[i]), int(columns[i]), int(counts[i]), float(shares[i])) for i in order]
 
-    def confused_pairs(self, num_pairs: int = 5) -> list[tuple[str, str, float]]:
-        """The pairs (true class, predicted class, share of the true class's images, 0 to 1) confused most often."""
-        return [
-            (self.classes[label], self.classes[prediction], share)
-            for label, prediction, _, share in self.worst_cells(num_pairs)
-        ]
-
     def table(self) -> str:
         """Lines for people: overall accuracy in per cent, an aligned table of classes, the pairs confused most.
 
@@ -159,11 +153,12 @@ class Report:
             share = f"{100 * right / max(1, total):6.2f} %"
             lines.append(f"{name:<{width}}  {share}  {right:{counts},}  {total:{counts},}")
         lines += ["", told] if told else []
-        if pairs := self.confused_pairs():
-            said = ", ".join(
-                f"{printable(true)} → {printable(predicted)} {100 * share:.0f} %" for true, predicted, share in pairs
-            )
-            lines += ["", f"Most confused: {said}"]
+        if worst := self.worst_cells(NUM_PAIRS):
+            pairs = [
+                f"{printable(self.classes[label])} → {printable(self.classes[prediction])} {100 * share:.0f} %"
+                for label, prediction, _, share in worst
+            ]
+            lines += ["", f"Most confused: {', '.join(pairs)}"]
         return "\n".join(lines)
 
     def warnings(self, num_all: int | None = None) -> list[str]:
