@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_cifar.data.loader import EvalBatches, TrainBatches
 from lit_cifar.errors import UserError, is_memory
@@ -131,20 +130,6 @@ def _logits(module: "LitClassifier", images: Tensor, side: int | None) -> Tensor
     within_ddp = getattr(module.trainer.strategy.model, "_inside_ddp_forward", contextlib.nullcontext)
     with within_ddp(), module.trainer.precision_plugin.forward_context():
         return module.forward(images, side)
-
-
-def synchronise_norms(module: nn.Module) -> list[str]:
-    """Makes BatchNorm of a module SyncBatchNorm, and gives the names of the buffers that are equal on all ranks then.
-
-    Norms of a class that computes in its own way stay as they are.
-    """
-    for parent in list(module.modules()):
-        for name, norm in parent.named_children():
-            if isinstance(norm, _BatchNorm) and type(norm).forward is _BatchNorm.forward:
-                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
-    norms = {path: norm for path, norm in module.named_modules() if isinstance(norm, nn.SyncBatchNorm)}
-    of_all_ranks = {path: norm for path, norm in norms.items() if norm.process_group is None}
-    return [f"{path}.{name}" for path, norm in of_all_ranks.items() for name, _ in norm.named_buffers()]
 
 
 def set_tf32(on: bool) -> None:

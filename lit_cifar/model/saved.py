@@ -4,10 +4,9 @@ knows when states are saved; classifier.py has `load`, which needs no LitClassif
 import functools
 import importlib
 import inspect
+import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
-from numbers import Integral, Real
+from dataclasses import is_dataclass
 from typing import Any, Self
 
 import torch
@@ -27,24 +26,20 @@ MAKERS = ("optimizer", "scheduler")
 
 
 def plain(value: Any) -> Any:
-    """A setting as checkpoints and YAML hold it: numbers, texts, lists and dicts; None for what is none of these."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    kinds: list[tuple[Any, Any]] = [(bool, bool), (Integral, int), (Real, float), (str, str)]  # NumPy's types too
-    return next((made(value) for kind, made in kinds if isinstance(value, kind)), None)
+    """A setting as checkpoints and YAML hold it, which JSON could too: numbers, texts, lists and dicts; None for what
+    is none of these."""
+    try:
+        return json.loads(json.dumps(value, default=lambda inner: vars(inner) if is_dataclass(inner) else inner.item()))
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # other objects, tensors, references to itself
+        return None
 
 
 def maker_settings(make: Any) -> dict[str, Any] | None:
     """A class of torch's, or a partial of one, of an optimiser or scheduler as class_path and init_args; None for what
     the file cannot tell: other callables, other classes, arguments that are no plain values."""
-    kind, arguments = class_of(make), getattr(make, "keywords", {})
-    told = {"class_path": kind and _path_of(kind), "init_args": plain(arguments)}
-    lost = any(value is not None and plain(value) is None for value in arguments.values())
-    return None if lost or not _is_trusted(told) else told
+    kind = class_of(make)
+    told = {"class_path": kind and _path_of(kind), "init_args": plain(getattr(make, "keywords", {}))}
+    return told if told["init_args"] is not None and _is_trusted(told) else None
 
 
 def made_again(make: Any) -> Any:
@@ -65,7 +60,7 @@ def _is_trusted(settings: Any) -> bool:
         check_trusted(settings)
     except UserError:
         return False
-    return _names_class(settings) and isinstance(settings["class_path"], str)
+    return _names_class(settings)
 
 
 def _path_of(kind: type) -> str | None:
@@ -114,12 +109,18 @@ class SavedModule(OptimisedModule):
     net: nn.Module
     classes: tuple[str, ...]
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        # settings as plain values, of this module or of the whole command; travels in the checkpoint
-        self.config: dict[str, Any] = {"model": {}}
+    _described: tuple[nn.Module, dict[str, Any] | None] | None = None
+
+    def describe(self, given: dict[str, Any], is_whole: bool) -> None:
+        """Makes plain values of LitClassifier's arguments; hyperparameters too, unless a subclass saves what its own
+        __init__ takes."""
+        settings = plain({key: value for key, value in given.items() if key not in ("net", *MAKERS)})
+        settings |= {key: maker_settings(given[key]) for key in MAKERS}
+        # of this module, or of the whole command; travels in the checkpoint
+        self.config: dict[str, Any] = {"model": settings}
         self.recipe: str | None = None  # what people call this training run; travels in the checkpoint
-        self._described: tuple[nn.Module, dict[str, Any] | None] | None = None
+        if is_whole:
+            self.save_hyperparameters({**settings, "net": type(self.net).__name__})
 
     def describe_net(self) -> dict[str, Any] | None:
         """`net_settings` of the net, found out once: in training it may be wrapped or in parts."""
@@ -166,11 +167,8 @@ class SavedModule(OptimisedModule):
         the same names, since Lightning raises where they differ."""
         if "trainer" in self.config:
             self._log_hyperparams = False
-        initial, theirs = (
-            self.hparams_initial,
-            getattr(getattr(self.trainer, "datamodule", None), "hparams_initial", {}),
-        )
-        if shared := initial.keys() & theirs.keys():
+        initial, data = self.hparams_initial, getattr(self.trainer, "datamodule", None)
+        if shared := initial.keys() & getattr(data, "hparams_initial", {}).keys():
             self._hparams_initial = {f"model/{key}" if key in shared else key: initial[key] for key in initial}
 
     def note_settings(self) -> bool:
@@ -238,7 +236,7 @@ def _of_own(makers: Any) -> str:
 
 def _names_class(value: Any) -> bool:
     """Whether a setting is something that is made, such as a net."""
-    return isinstance(value, dict) and "class_path" in value
+    return isinstance(value, dict) and isinstance(value.get("class_path"), str)
 
 
 def _are_named(classes: tuple[str, ...]) -> bool:
