@@ -295,6 +295,8 @@ class LitClassifier(SavedModule):
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
+        if self.trainer.state.fn == "fit" and self.trainer.is_last_batch:
+            self.follow("val/")  # before states are saved
 
     def on_test_epoch_end(self) -> None:
         self._report("test")

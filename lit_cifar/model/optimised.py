@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import lr_scheduler
 
+from lit_cifar import log
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model import steps
 from lit_cifar.model.chosen import class_of, default_of, make_optimizer, one_line
@@ -45,6 +46,7 @@ class OptimisedModule(LightningModule):
         self._optimizer, self._scheduler = given["optimizer"], given["scheduler"]
         self.scheduler_interval, self.scheduler_monitor = given["scheduler_interval"], given["scheduler_monitor"]
         self._planned_steps: int | None = None
+        self._has_followed = False  # a ReduceLROnPlateau, in this epoch
         self._made_for: tuple[float, int | None] | None = None  # rate and length that the user's scheduler was made for
         for key, default in OPTIONS.items():  # what is None for an optimiser of the user's is up to it
             setattr(self, key, default if given[key] is None and self._optimizer is None else given[key])
@@ -65,8 +67,36 @@ class OptimisedModule(LightningModule):
         for key in ("scheduler_interval", "scheduler_monitor"):
             if given[key] and not self._scheduler:
                 raise UserError(f"--model.{key} {given[key]} needs --model.scheduler")
-        if self._optimizer is not None:
+        if not self.has_own_optimizer:
+            self._check_effect(given)
+        elif self._optimizer is not None:
             self._settle()
+
+    def _check_effect(self, given: dict[str, Any]) -> None:
+        """Says which settings a subclass that makes its own optimiser leaves without effect, as far as its code tells.
+
+        Raises:
+            UserError: an optimiser or a scheduler is among them.
+        """
+        kinds = [kind for kind in type(self).__mro__ if not kind.__module__.startswith(("lit_cifar.", "lightning."))]
+        functions = [inspect.unwrap(value) for kind in kinds for value in vars(kind).values() if callable(value)]
+        codes = [function.__code__ for function in functions if inspect.isfunction(function)]
+        known: set[Any] = set()
+        for code in codes:
+            known |= {*code.co_names, *code.co_consts}
+            codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+        if "configure_optimizers" in known:
+            return  # it calls ours
+        name, own = type(self).__name__, "makes its own optimizer in configure_optimizers"
+        for key in ("optimizer", "scheduler"):
+            if given[key] is not None:
+                raise UserError(
+                    f"--model.{key} has no effect: {name} {own}; leave it out, or call super().configure_optimizers()"
+                )
+        defaults = {**OPTIONS, "schedule": "constant", "warmup": 0.0, "groups": None}
+        changed = [key for key, default in defaults.items() if given[key] not in (None, default)]
+        if lost := [] if "hparams" in known else [f"--model.{key}" for key in changed if key not in known]:
+            log.warn(f"{', '.join(lost)} may have no effect: {name} {own}")
 
     def _settle(self) -> None:
         """Makes the user's optimiser once, before anything is written, for its learning rate and what is wrong with it.
@@ -208,7 +238,7 @@ class OptimisedModule(LightningModule):
         trainer = self.trainer
         # Lightning leaves it at 1 for the rest of an epoch that is resumed in its middle
         trainer.accumulate_grad_batches = steps.accumulation(trainer, trainer.current_epoch)
-        self._planned_steps = None
+        self._planned_steps, self._has_followed = None, False
         optimizer: Any = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         if not hasattr(optimizer, "lit_cifars_schedule"):
             return
@@ -231,15 +261,49 @@ class OptimisedModule(LightningModule):
             configs[0].scheduler = optimizer.lit_cifars_schedule = self._make_scheduler(optimizer)["scheduler"]
         else:
             self._check_length(schedule, configs[0].interval)  # type: ignore[arg-type]
+            if self._follows(schedule):
+                self._follow_at_last(configs[0])
+
+    def _follow_at_last(self, config: Any) -> None:
+        """Has our ReduceLROnPlateau told what it follows, where a state was saved after an epoch's last step and before
+        that: Lightning takes such an epoch as done, and leaves its validation out.
+
+        Raises:
+            UserError: it follows what was known at that epoch's end only.
+        """
+        loop: Any = self.trainer.fit_loop.epoch_loop
+        is_validated = loop.restarted_on_last and self.trainer.fit_loop.restarted_mid_epoch
+        is_due = config.scheduler.last_epoch < (self.current_epoch + is_validated) // config.frequency
+        is_at_end = loop.batch_progress.is_last_batch and (loop.restarted_on_train_batch_end or is_validated)
+        if not (is_due and is_at_end):
+            return
+        if not config.monitor.startswith("val/"):
+            raise UserError(
+                f"the state was saved in an epoch's last step, before {config.monitor} was there, which "
+                "ReduceLROnPlateau follows: go on with another state"
+            )
+        self.trainer.validating = True
+        loop.val_loop.run()
+        self.trainer.training = True
+        self._has_followed = False
+
+    def follow(self, of: str = "") -> None:
+        """Tells our ReduceLROnPlateau, at the end of an epoch, the value that it follows, if it begins with `of`.
+
+        Lightning does so after states are saved, and not at the end of an epoch that was resumed in its middle, so that
+        a resumed run would go on with another rate.
+        """
+        for config in self.trainer.lr_scheduler_configs:
+            value = self.trainer.callback_metrics.get(str(config.monitor))
+            if self._follows(config.scheduler) and value is not None and str(config.monitor).startswith(of):
+                config.scheduler.step(value)  # type: ignore[arg-type]
+                self._has_followed = True
 
     def on_train_epoch_end(self) -> None:
-        """Tells our ReduceLROnPlateau what it follows. Lightning does so after states are saved, and not at the end of
-        an epoch that was resumed in its middle, so that a resumed run would go on with another rate."""
-        for config in self.trainer.lr_scheduler_configs:
-            if self._follows(config.scheduler) and (self.current_epoch + 1) % config.frequency == 0:
-                value = self.trainer.callback_metrics.get(str(config.monitor))
-                if value is not None:  # else the validation was before the state that was resumed
-                    config.scheduler.step(value)  # type: ignore[arg-type]
+        frequencies = [config.frequency for config in self.trainer.lr_scheduler_configs]
+        if not self._has_followed and all((self.current_epoch + 1) % frequency == 0 for frequency in frequencies):
+            self.follow()
+        self._has_followed = False
 
     @calls_chosen("in training")
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:

@@ -21,6 +21,7 @@ from lit_cifar.model.classifier import check_classes, check_weights, load
 from lit_cifar.model.optimised import OptimisedModule
 from lit_cifar.run.read import read_checkpoint
 from lit_cifar.run.trust import check_trusted
+from lit_cifar.text import printable
 
 MAKERS = ("optimizer", "scheduler")
 
@@ -155,7 +156,8 @@ class SavedModule(OptimisedModule):
                 kwargs = {**settings, **kwargs}
                 lost = [key for key in state["lit_cifar"].get("makers", ()) if kwargs.get(key) is None]
                 if lost:
-                    log.warn(f"the checkpoint does not hold {_of_own(lost)}, which it was trained with: give it again")
+                    own = " and ".join(f"an own {key}" for key in lost)
+                    log.warn(f"the checkpoint does not hold {own}, which it was trained with: give it again")
                 if "scheduler" in lost:
                     kwargs |= {"scheduler_interval": None, "scheduler_monitor": None}
         if net is not None:
@@ -196,21 +198,36 @@ class SavedModule(OptimisedModule):
         ours = {"classes": list(self.classes), "config": config, "recipe": self.recipe, "makers": self._chosen()}
         checkpoint["lit_cifar"] = ours
 
-    def _chosen(self) -> list[str]:
-        return [key for key in MAKERS if getattr(self, f"_{key}") is not None]
+    def _chosen(self) -> dict[str, str]:
+        """Names of the optimiser and the scheduler that the user chose in the place of ours."""
+        made = {key: getattr(self, f"_{key}") for key in MAKERS}
+        return {key: getattr(class_of(make) or make, "__name__", "") for key, make in made.items() if make is not None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_fits(checkpoint)
-        trained_with = checkpoint.get("lit_cifar", {}).get("makers", self._chosen())
-        stage = getattr(getattr(self._trainer, "state", None), "fn", None)
-        if stage == "fit" and self.has_own_optimizer and trained_with != self._chosen():
-            raise UserError(
-                f"the checkpoint was trained with {_of_own(trained_with)}, and this module has "
-                f"{_of_own(self._chosen())}: give LitClassifier the same to go on"
-            )
+        if self.has_own_optimizer and getattr(getattr(self._trainer, "state", None), "fn", None) == "fit":
+            self._check_optimizer(checkpoint)
         named = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
         if named and not _are_named(self.classes):
             self.set_classes(named)
+
+    def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError where a checkpoint's optimiser or scheduler is of another kind, or has other groups."""
+        theirs, ours = checkpoint.get("lit_cifar", {}).get("makers"), self._chosen()
+        states = checkpoint.get("optimizer_states") or []
+        before, now = "", ""
+        if isinstance(theirs, dict) and theirs != ours:
+            before, now = _listed(theirs), _listed(ours)
+        elif states and (self.groups or not self._optimizer):
+            groups = [str(group.get("name", "net")) for group in states[0]["param_groups"]]
+            wanted = [group["name"] for group in self.settings()]
+            if groups[: len(wanted)] != wanted:  # callbacks may add more
+                before, now = (f"the parameter groups {', '.join(map(printable, names))}" for names in (groups, wanted))
+        if before != now:
+            raise UserError(
+                f"the checkpoint was trained with {before}, and this module has {now}: give LitClassifier the same to "
+                "go on"
+            )
 
     def set_classes(self, classes: tuple[str, ...]) -> None:
         """Names the K classes."""
@@ -230,8 +247,8 @@ class SavedModule(OptimisedModule):
             check_classes(checkpoint, classes)
 
 
-def _of_own(makers: Any) -> str:
-    return " and ".join(f"an own {key}" for key in makers) or "no optimizer and scheduler of its own"
+def _listed(makers: dict[str, Any]) -> str:
+    return " and ".join(f"the {key} {printable(str(name))}" for key, name in makers.items()) or "SGD or Muon of its own"
 
 
 def _names_class(value: Any) -> bool:
