@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import ROOT, Asking, error_of
+from helpers import ROOT, Asking, error_of, results
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
 from torchvision.transforms import v2
 
+import lit_cifar.export
+import lit_cifar.fit
 from lit_cifar import CIFAR10DataModule, LitClassifier, load
 from lit_cifar.model.optim import Group
 from lit_cifar.model.saved import net_settings
@@ -321,7 +323,7 @@ def test_a_checkpoint_from_python_says_how_it_is_made() -> None:
     trainer.save_checkpoint("a.ckpt")
     checkpoint = torch.load("a.ckpt", weights_only=True)
     settings = checkpoint["lit_cifar"]["config"]["model"]
-    assert settings["net"] == {"class_path": "lit_cifar.nets.tutorial.Net", "init_args": {"num_classes": 10}}
+    assert settings["net"] == {"class_path": "lit_cifar.nets.Net", "init_args": {"num_classes": 10}}
     assert (settings["tta"], settings["lr"], settings["groups"][1]["lr"]) == ("mirror_shift", 0.25, 0.5)
     net, classes = load("a.ckpt")
     again = LitClassifier.load_from_checkpoint("a.ckpt")
@@ -590,11 +592,28 @@ def test_a_named_optimiser_is_made_again_from_a_checkpoint() -> None:
     trainer.fit(classifier(**named), loader)
     trainer.save_checkpoint("a.ckpt")
     again = LitClassifier.load_from_checkpoint("a.ckpt")
-    assert again.hparams["optimizer"]["init_args"] == {"weight_decay": 0.05, "betas": [0.8, 0.9]}
+    arguments = again.hparams["optimizer"]["init_args"]
+    assert (arguments["weight_decay"], arguments["betas"], arguments["eps"]) == (0.05, [0.8, 0.9], 1e-8)
     own = LitClassifier.load_from_checkpoint("a.ckpt", net=Net())
     for module in (again, own):
         plain_trainer(max_epochs=2).fit(module, loader, ckpt_path="a.ckpt")
         assert all(map(torch.equal, module.state_dict().values(), whole.state_dict().values()))
+
+
+def test_commands_go_on_with_and_export_a_checkpoint_of_a_plain_trainer() -> None:
+    adamw = partial(torch.optim.AdamW, weight_decay=0.05)
+    module = classifier(lr=None, optimizer=adamw, scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1))
+    trainer = plain_trainer(limit_train_batches=2)
+    trainer.fit(module, datamodule=CIFAR10DataModule(dataset="shapes", batch_size=100))
+    trainer.save_checkpoint("a.ckpt")
+    lit_cifar.export.main(["--ckpt_path", "a.ckpt", "--output", "a.safetensors"])
+    assert Path("a.safetensors").is_file()
+    limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1", "--log_level", "warning"]
+    again = ["--resume", "a.ckpt", "--dataset", "shapes", "--batch_size", "100", "--max_epochs", "2", *limits]
+    message = error_of(lit_cifar.fit.main, [*again, "--model.optimizer.weight_decay", "0.3"])
+    assert message.startswith("--resume: --model.optimizer was {'class_path': 'torch.optim.AdamW'")
+    lit_cifar.fit.main([*again, "--accelerator", "cpu"])
+    assert results("version_0")["num_steps"] == 4
 
 
 @pytest.mark.parametrize("optimizer", [None, lambda weights: torch.optim.AdamW(weights, lr=0.002)])

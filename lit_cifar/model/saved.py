@@ -4,6 +4,7 @@ knows when states are saved; classifier.py has `load`, which needs no LitClassif
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import sys
 from dataclasses import is_dataclass
@@ -38,9 +39,13 @@ def plain(value: Any) -> Any:
 def maker_settings(make: Any) -> dict[str, Any] | None:
     """A class of torch's, or a partial of one, of an optimiser or scheduler as class_path and init_args; None for what
     the file cannot tell: other callables, other classes, arguments that are no plain values."""
-    kind = class_of(make)
-    told = {"class_path": kind and _path_of(kind), "init_args": plain(getattr(make, "keywords", {}))}
-    return told if told["init_args"] is not None and _is_trusted(told) else None
+    kind, arguments = class_of(make), plain(getattr(make, "keywords", {}))
+    told = {"class_path": kind and _path_of(kind)}
+    if kind is None or arguments is None or not _is_trusted(told):
+        return None
+    parameters = inspect.signature(kind).parameters.values()  # as commands, which leave the rate to the model's
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty and each.name != "lr"}
+    return {**told, "init_args": {**plain(defaults), **arguments}}
 
 
 def made_again(make: Any) -> Any:
@@ -65,11 +70,13 @@ def _is_trusted(settings: Any) -> bool:
 
 
 def _path_of(kind: type) -> str | None:
-    """Where others can import a class; None where they cannot."""
-    module = sys.modules.get(kind.__module__)
-    if kind.__module__ == "__main__" or getattr(module, kind.__qualname__, None) is not kind:
+    """Where others can import a class, at the shortest; None where they cannot."""
+    if kind.__module__ == "__main__":
         return None
-    return f"{kind.__module__}.{kind.__qualname__}"
+    packages = itertools.accumulate(kind.__module__.split("."), "{}.{}".format)
+    places = (name for name in packages if getattr(sys.modules.get(name), kind.__qualname__, None) is kind)
+    place = next(places, None)
+    return place and f"{place}.{kind.__qualname__}"
 
 
 def net_settings(net: nn.Module) -> dict[str, Any] | None:
