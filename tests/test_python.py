@@ -604,15 +604,15 @@ def test_commands_go_on_with_and_export_a_checkpoint_of_a_plain_trainer() -> Non
     adamw = partial(torch.optim.AdamW, weight_decay=0.05)
     module = classifier(lr=None, optimizer=adamw, scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1))
     trainer = plain_trainer(limit_train_batches=2)
-    trainer.fit(module, datamodule=CIFAR10DataModule(dataset="shapes", batch_size=100))
+    trainer.fit(module, datamodule=CIFAR10DataModule(dataset="shapes", batch_size=100, num_val=100))
     trainer.save_checkpoint("a.ckpt")
     lit_cifar.export.main(["--ckpt_path", "a.ckpt", "--output", "a.safetensors"])
     assert Path("a.safetensors").is_file()
     limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1", "--log_level", "warning"]
-    again = ["--resume", "a.ckpt", "--dataset", "shapes", "--batch_size", "100", "--max_epochs", "2", *limits]
+    again = ["--resume", "a.ckpt", "--dataset", "shapes", "--batch_size", "100", "--data.num_val", "100", *limits]
     message = error_of(lit_cifar.fit.main, [*again, "--model.optimizer.weight_decay", "0.3"])
     assert message.startswith("--resume: --model.optimizer was {'class_path': 'torch.optim.AdamW'")
-    lit_cifar.fit.main([*again, "--accelerator", "cpu"])
+    lit_cifar.fit.main([*again, "--max_epochs", "2", "--accelerator", "cpu"])
     assert results("version_0")["num_steps"] == 4
 
 

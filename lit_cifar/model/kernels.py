@@ -4,7 +4,7 @@ whole, and TF32. module.py trains with it, nets/ has the nets."""
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,7 +81,7 @@ def warm_up(module: "LitClassifier", stages: Iterable[str]) -> None:
     trainer = module.trainer
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         return  # others hold parts of the weights, and gather them for a step alone
-    with _explained():
+    try:
         for stage in stages:
             num_images = _sizes(batches_of(trainer, stage), getattr(trainer, f"limit_{stage}_batches"))
             with unchanged(module.net, module.device):
@@ -89,6 +89,10 @@ def warm_up(module: "LitClassifier", stages: Iterable[str]) -> None:
                     _warm_up_training(module, num_images)
                 else:
                     _warm_up_evaluation(module, num_images)
+    except Exception as error:
+        if is_memory(error) or not type(error).__module__.startswith("torch._"):  # the net's own
+            raise
+        raise _cannot_compile(error) from error
 
 
 def _sizes(batches: TrainBatches | EvalBatches | None, limit: float) -> list[int]:
@@ -141,16 +145,6 @@ def set_tf32(on: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the newer way
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if is_memory(error) or not type(error).__module__.startswith("torch._"):  # the net's own
-            raise
-        raise _cannot_compile(error) from error
 
 
 def _cannot_compile(error: Exception) -> UserError:
