@@ -34,6 +34,7 @@ from lit_cifar.text import in_command
 
 LARGEST_DIFFERENCE = 1e-4  # of an exported net's logits
 NUM_COMPARED = 256  # images at a time; does not divide a test set's size, so that batches of two sizes are tried
+NO_RUN = {"dataset": "shapes", "data_dir": None}  # of a checkpoint from Python, which says nothing of its data
 METADATA = "lit_cifar.json"  # the name of the settings within a file of torch.export
 WAY_OUT = "name another file with --output"
 Predict = Callable[[Tensor], Tensor]  # images (B, 3, 32, 32) uint8 to logits (B, K)
@@ -75,7 +76,7 @@ def main(args: list[str]) -> None:
 
     net, classes = load(options.ckpt_path, options.tta, options.trust)
     config = read_checkpoint(Path(options.ckpt_path)).config
-    images, name = _test_images(config["data"], options.data_dir, options.dataset)
+    images, name = _test_images(config.get("data") or NO_RUN, options.data_dir, options.dataset)
     settings = {"classes": list(classes), "tta": net.tta, "config": config, "lit_cifar": lit_cifar.__version__}
     with _quiet():
         try:

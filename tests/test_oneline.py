@@ -25,6 +25,7 @@ from lit_cifar.data import shapes
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
+from lit_cifar.model.check import check_training
 from lit_cifar.model.classifier import load
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.nets import Net
@@ -332,7 +333,7 @@ def test_trying_a_net_changes_nothing_of_it() -> None:
     module.net[3].eval()
     random_state, before = torch.get_rng_state(), copy.deepcopy(module.net.state_dict())
     module.set_classes(tuple("0123456789"))
-    module.check_training({20})
+    check_training(module, {20})
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(value, before[name]) for name, value in module.net.state_dict().items())
     assert [layer.training for layer in module.net] == [True, True, True, False, True]

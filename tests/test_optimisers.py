@@ -295,6 +295,63 @@ def test_a_plateau_is_followed_as_often_as_there_is_a_validation(every: int) -> 
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.1 ** (4 // every))
 
 
+class SaveBefore(Checkpoint):
+    """Saves states in the first epoch's last step, before and in the validation that follows it."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 6:
+            trainer.save_checkpoint("step.ckpt")
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 6:
+            trainer.save_checkpoint("validation.ckpt")
+
+
+def plateau(monitor: str) -> LitClassifier:
+    scheduler = functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0)
+    return LitClassifier(matrices(), lr=0.1, scheduler=scheduler, scheduler_monitor=monitor)
+
+
+def test_a_state_of_an_epochs_last_step_goes_on_with_the_rate_of_a_plateau() -> None:
+    whole = plateau("val/loss")
+    trainer = fitted(whole, SaveBefore())
+    for state in ("step.ckpt", "validation.ckpt"):
+        resumed = plateau("val/loss")
+        again = fitted(resumed, ckpt_path=state)
+        rates = [each.optimizers[0].param_groups[0]["lr"] for each in (trainer, again)]
+        assert rates == [pytest.approx(1e-4)] * 2
+        assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+
+
+def test_a_state_before_what_a_plateau_follows_in_training_is_refused() -> None:
+    fitted(plateau("train/loss"), SaveBefore())
+    for state in ("step.ckpt", "validation.ckpt"):
+        message = error_of(lambda state=state: fitted(plateau("train/loss"), ckpt_path=state))  # type: ignore[misc]
+        assert message.startswith("the state was saved in an epoch's last step, before train/loss was there")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({"optimizer": AdamW}, {}, "was trained with the optimizer AdamW, and this module has SGD or Muon of its own"),
+        ({}, {"optimizer": AdamW}, "was trained with SGD or Muon of its own, and this module has the optimizer AdamW"),
+        ({"optimizer": AdamW}, {"optimizer": torch.optim.Adam}, "AdamW, and this module has the optimizer Adam:"),
+        (
+            {"groups": [Group("first", r"1\."), Group("rest", "")]},
+            {},
+            "the parameter groups first, rest, and this module has the parameter groups net:",
+        ),
+        ({"scheduler": lr_scheduler.ConstantLR}, {"scheduler": lr_scheduler.LinearLR}, "the scheduler ConstantLR, and"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_of_optimiser_is_refused_in_one_line(before: Any, now: Any, message: str) -> None:
+    trainer = fitted(LitClassifier(matrices(), **before), max_epochs=1)
+    trainer.save_checkpoint("a.ckpt")
+    module = LitClassifier(matrices(), **now)
+    assert message in error_of(lambda: fitted(module, ckpt_path="a.ckpt", max_epochs=2))
+    trainer.test(module, datamodule=Validated(), ckpt_path="a.ckpt", weights_only=True, verbose=False)
+
+
 class OwnOptimizer(LitClassifier):
     """A subclass with an optimiser of its own."""
 
@@ -328,6 +385,36 @@ def test_a_subclass_with_its_own_configure_optimizers_is_left_alone(kind: type[L
     assert seen == [expected]
     assert module.lr == 0.3
     assert_resumes_to_the_bit(lambda: kind(matrices()))
+
+
+class OwnRate(LitClassifier):
+    """A subclass whose own optimiser takes the rate of LitClassifier, and nothing else of it."""
+
+    def configure_optimizers(self) -> Any:
+        return AdamW(self.parameters(), lr=self.lr)
+
+
+class Calling(LitClassifier):
+    """A subclass that changes what LitClassifier's own configure_optimizers gives."""
+
+    def configure_optimizers(self) -> Any:
+        return super().configure_optimizers()
+
+
+def test_settings_that_a_subclass_with_its_own_optimiser_ignores_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for key, given in (("optimizer", AdamW), ("scheduler", lr_scheduler.ConstantLR)):
+        options: dict[str, Any] = {key: given}
+        message = error_of(lambda options=options: OwnRate(matrices(), **options))  # type: ignore[misc]
+        assert message.startswith(f"{key} has no effect: OwnRate makes its own optimizer in configure_optimizers")
+        Calling(matrices(), **options)
+    OwnRate(matrices(), lr=0.1)
+    assert capsys.readouterr().err == ""
+    OwnRate(matrices(), lr=0.1, momentum=0.5, schedule="cosine")
+    line = capsys.readouterr().err
+    assert line.startswith("lit_cifar: warning: momentum, schedule may have no effect: OwnRate makes its own optimizer")
+    flags = ["--model", "test_optimisers.OwnRate", "--model.optimizer", "AdamW"]
+    assert "--model.optimizer has no effect: OwnRate makes" in error_of(lit_cifar.fit.main, [*FEW, *flags])
+    assert not RUNS.exists()
 
 
 def test_changed_settings_reach_a_resumed_optimiser() -> None:

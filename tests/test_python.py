@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import ROOT, Asking, error_of
+from helpers import ROOT, Asking, error_of, results
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
 from torchvision.transforms import v2
 
+import lit_cifar.export
+import lit_cifar.fit
 from lit_cifar import CIFAR10DataModule, LitClassifier, load
 from lit_cifar.model.optim import Group
 from lit_cifar.model.saved import net_settings
@@ -321,7 +323,7 @@ def test_a_checkpoint_from_python_says_how_it_is_made() -> None:
     trainer.save_checkpoint("a.ckpt")
     checkpoint = torch.load("a.ckpt", weights_only=True)
     settings = checkpoint["lit_cifar"]["config"]["model"]
-    assert settings["net"] == {"class_path": "lit_cifar.nets.tutorial.Net", "init_args": {"num_classes": 10}}
+    assert settings["net"] == {"class_path": "lit_cifar.nets.Net", "init_args": {"num_classes": 10}}
     assert (settings["tta"], settings["lr"], settings["groups"][1]["lr"]) == ("mirror_shift", 0.25, 0.5)
     net, classes = load("a.ckpt")
     again = LitClassifier.load_from_checkpoint("a.ckpt")
@@ -536,13 +538,34 @@ def test_settings_may_be_numpys() -> None:
         ({"schedule": "cosin"}, "schedule='cosin' is none of constant, linear, cosine, onecycle"),
         ({"tta": "mirrors"}, "tta='mirrors' is none of none, mirror, mirror_shift"),
         ({"groups": [Group("a", "", kind="adam")]}, "a's kind 'adam' is none of sgd, muon"),  # type: ignore[arg-type]
-        ({"groups": [Group("a", ["conv"])]}, "a's pattern is a list, no text"),  # type: ignore[arg-type]
+        ({"groups": [Group("a", ["conv"])]}, "a's pattern ['conv'] is no text"),  # type: ignore[arg-type]
         ({"groups": [{"name": "a", "patern": ""}]}, "is no group: want Group(...), or a dict of name, pattern, kind"),
         ({"groups": ["conv"]}, "'conv' is no group"),
         ({"optimizer": "AdamW"}, "optimizer='AdamW' is no class, such as torch.optim.AdamW"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))])}, "is no class, such as torch.optim.AdamW"),
         ({"scheduler": torch.optim.lr_scheduler.StepLR, "scheduler_interval": "batch"}, "is none of step, epoch"),
-        ({"mean": (0.5,)}, "give three numbers each"),
+        ({"mean": (0.5,)}, "mean (0.5,): give 3 numbers, one for each channel"),
+        ({"mean": 0.5}, "mean=0.5 is no list"),
+        ({"std": "0.5"}, "std='0.5' is no list"),
+        ({"mean": np.zeros((3, 1, 1))}, "mean [[0.0]] is not a number"),
+        ({"lr": "0.1"}, "lr='0.1' is not a number"),
+        ({"lr": True}, "lr=True is not a number"),
+        ({"momentum": {}}, "momentum {} is not a number"),
+        ({"compile": "yes"}, "compile='yes' is not True or False"),
+        ({"compile": 1}, "compile=1 is not True or False"),
+        ({"tf32": "high"}, "tf32='high' is not True or False"),
+        ({"nesterov": []}, "nesterov=[] is not True or False"),
+        ({"sides": 24}, "sides=24 is no list"),
+        ({"sides": [24.0]}, "sides=24.0 is not a whole number"),
+        ({"sides": np.array([4, 32])}, "sides=4 is out of range"),
+        ({"tta": True}, "tta=True is none of none, mirror, mirror_shift"),
+        ({"schedule": ["cosine"]}, "schedule=['cosine'] is none of constant"),
+        ({"groups": {}}, "groups {} is no list"),
+        ({"groups": "conv"}, "groups='conv' is no list"),
+        ({"groups": [{"name": "a", "pattern": "", "lr": "fast"}]}, "groups: a's lr 'fast' is not a number"),
+        ({"groups": [Group("a", "", nesterov=3)]}, "groups: a's nesterov 3 is not True or False"),  # type: ignore[arg-type]
+        ({"scheduler": 3}, "scheduler=3 is no class"),
+        ({"scheduler": torch.optim.lr_scheduler.StepLR, "scheduler_monitor": 3}, "scheduler_monitor=3 is no text"),
         ({"net": Net}, "net gives type, no torch.nn.Module"),
     ],
 )
@@ -569,11 +592,28 @@ def test_a_named_optimiser_is_made_again_from_a_checkpoint() -> None:
     trainer.fit(classifier(**named), loader)
     trainer.save_checkpoint("a.ckpt")
     again = LitClassifier.load_from_checkpoint("a.ckpt")
-    assert again.hparams["optimizer"]["init_args"] == {"weight_decay": 0.05, "betas": [0.8, 0.9]}
+    arguments = again.hparams["optimizer"]["init_args"]
+    assert (arguments["weight_decay"], arguments["betas"], arguments["eps"]) == (0.05, [0.8, 0.9], 1e-8)
     own = LitClassifier.load_from_checkpoint("a.ckpt", net=Net())
     for module in (again, own):
         plain_trainer(max_epochs=2).fit(module, loader, ckpt_path="a.ckpt")
         assert all(map(torch.equal, module.state_dict().values(), whole.state_dict().values()))
+
+
+def test_commands_go_on_with_and_export_a_checkpoint_of_a_plain_trainer() -> None:
+    adamw = partial(torch.optim.AdamW, weight_decay=0.05)
+    module = classifier(lr=None, optimizer=adamw, scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1))
+    trainer = plain_trainer(limit_train_batches=2)
+    trainer.fit(module, datamodule=CIFAR10DataModule(dataset="shapes", batch_size=100, num_val=100))
+    trainer.save_checkpoint("a.ckpt")
+    lit_cifar.export.main(["--ckpt_path", "a.ckpt", "--output", "a.safetensors"])
+    assert Path("a.safetensors").is_file()
+    limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1", "--log_level", "warning"]
+    again = ["--resume", "a.ckpt", "--dataset", "shapes", "--batch_size", "100", "--data.num_val", "100", *limits]
+    message = error_of(lit_cifar.fit.main, [*again, "--model.optimizer.weight_decay", "0.3"])
+    assert message.startswith("--resume: --model.optimizer was {'class_path': 'torch.optim.AdamW'")
+    lit_cifar.fit.main([*again, "--max_epochs", "2", "--accelerator", "cpu"])
+    assert results("version_0")["num_steps"] == 4
 
 
 @pytest.mark.parametrize("optimizer", [None, lambda weights: torch.optim.AdamW(weights, lr=0.002)])

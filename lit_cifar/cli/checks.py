@@ -20,6 +20,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError
+from lit_cifar.model.check import check_training as check_net
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.save import Checkpoints
 from lit_cifar.run.write import DurableCheckpointIO
@@ -156,7 +157,7 @@ def check_training(trainer: Trainer, module: LitClassifier, data: CIFAR10DataMod
     # on GPUs SyncBatchNorm looks at the whole batch
     num_ranks = 1 if trainer.strategy.root_device.type == "cuda" else trainer.world_size
     sizes = {batches.num_in_batch(batch) for batch in (0, max(0, len(batches) - 1))}
-    module.check_training({share for size in sizes for share in (size // num_ranks, -(-size // num_ranks))})
+    check_net(module, {share for size in sizes for share in (size // num_ranks, -(-size // num_ranks))})
     check_callbacks(trainer, module)
     validates = bool(data.num_val and trainer.limit_val_batches)
     check_monitors(trainer, module, data.classes, validates)

@@ -2,10 +2,10 @@
 trains it."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from lit_cifar.errors import UserError, calls_chosen, is_memory
 from lit_cifar.text import printable
+
+if TYPE_CHECKING:
+    from lit_cifar.model.module import LitClassifier
 
 IMAGE_SIZES = ("img_size", "image_size", "input_size")  # what nets call the side of the images that they are made for
 OWN = "lit_cifar.nets."  # nets of this package, whose failures are bugs
@@ -29,54 +32,37 @@ def shape_lazy_layers(net: nn.Module) -> None:
         net.train(training)
 
 
-def count_logits(net: nn.Module, forward: Callable[[Tensor], Tensor], device: torch.device) -> int:
-    """The number of logits K that a net gives for an image, in eval mode.
-
-    Args:
-        net: used by `forward`.
-        forward: maps images (B, 3, 32, 32) uint8 to logits.
-        device: of the net.
+def count_logits(module: "LitClassifier") -> int:
+    """The number of logits K that a module's net gives for an image, in eval mode.
 
     Raises:
         UserError: the net fails, or gives something else than logits (1, K).
     """
-    with unchanged(net, device), torch.no_grad():
-        net.eval()
-        return int(_logits(net, forward, 1, device).shape[1])
+    with unchanged(module.net, module.mean.device), torch.no_grad():
+        module.net.eval()
+        return int(_logits(module, 1, None).shape[1])
 
 
-def check_training(
-    net: nn.Module,
-    forward: Callable[[Tensor, int | None], Tensor],
-    sides: Iterable[int | None],
-    num_images: Iterable[int],
-    device: torch.device,
-) -> None:
-    """Checks that a net can be trained: that it has something to train, and takes the batches that will come.
-
-    Args:
-        net: used by `forward`.
-        forward: maps images (B, 3, 32, 32) uint8 to logits, shrunk to a side of so many pixels if one is given.
-        sides: of the images that will come; None stands for images as they are.
-        num_images: of batches that will come.
-        device: of the net.
+def check_training(module: "LitClassifier", num_images: set[int]) -> None:
+    """Tries a module's net on black images as it will be trained, on batches of which some have `num_images`.
 
     Raises:
-        UserError: something of it is not so.
+        UserError: it has nothing to train, or cannot take such batches.
     """
+    net, device = module.net, module.mean.device
     name = type(net).__name__
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise UserError(f"{name} has no parameter to train: make a layer, or set requires_grad of one that is frozen")
-    if any(isinstance(module, nn.SyncBatchNorm) for module in net.modules()) and device.type == "cpu":
+    if any(isinstance(layer, nn.SyncBatchNorm) for layer in net.modules()) and device.type == "cpu":
         return  # it trains on GPUs alone
-    has_norm = any(isinstance(module, _BatchNorm) for module in net.modules())
+    has_norm = any(isinstance(layer, _BatchNorm) for layer in net.modules())
     with unchanged(net, device), torch.no_grad():  # in the modes of its layers, some of which may be frozen
-        for side in dict.fromkeys(sides):
-            _logits(net, lambda images, side=side: forward(images, side), 2, device, side)  # type: ignore[misc]
+        for side in dict.fromkeys(module.sides) or (None,):
+            _logits(module, 2, side)
             if not has_norm or 1 not in num_images:
                 continue
             try:
-                forward(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device), side)
+                module.forward(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device), side)
             except ValueError as error:
                 raise UserError(
                     f"BatchNorm of {name} needs more than one image, and a batch is to have one: add --data.drop_last "
@@ -103,13 +89,13 @@ def unchanged(net: nn.Module, device: torch.device) -> Iterator[None]:
             accelerator.set_rng_state(state)
 
 
-def _logits(
-    net: nn.Module, forward: Callable[[Tensor], Tensor], num_images: int, device: torch.device, side: int | None = None
-) -> Tensor:
+def _logits(module: "LitClassifier", num_images: int, side: int | None) -> Tensor:
+    net = module.net
     name, size = type(net).__name__, f"3x{side or 32}x{side or 32}"
     mode = " in training" if net.training else ""
+    images = torch.zeros(num_images, 3, 32, 32, dtype=torch.uint8, device=module.mean.device)
     try:
-        logits = forward(torch.zeros(num_images, 3, 32, 32, dtype=torch.uint8, device=device))
+        logits = module(images) if side is None else module(images, side)  # a subclass's forward may know no sides
     except Exception as error:
         if is_memory(error) or (side is None and type(net).__module__.startswith(OWN)):
             raise

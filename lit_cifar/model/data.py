@@ -1,8 +1,7 @@
 """What LitClassifier and the callbacks ask of the Trainer's data, a data module or loaders, in one place. batch.py says
 what becomes of a batch, data/ has the data."""
 
-from collections.abc import Sized
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
@@ -10,30 +9,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from lit_cifar.data.loader import EvalBatches, TrainBatches
-from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
 from lit_cifar.model import steps
 
+if TYPE_CHECKING:
+    from lit_cifar.data.datamodule import CIFAR10DataModule
+
 NUM_AT_ONCE = 100
 LOOPS = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "predict": "predict_loop"}
-
-
-class Data(Protocol):
-    """The part of CIFAR10DataModule that is asked for; another data module may have it too."""
-
-    batch_size: int  # images of one optimiser step, on all devices together; the callbacks' figures need it
-    num_val: int  # images for validation; the dashboard's layout depends on it
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the K classes."""
-
-    @property
-    def train(self) -> Split:
-        """The training images, which some nets are initialised from."""
-
-    def train_batches(self) -> Sized:
-        """The batches of one epoch, whose number decides the schedule's length."""
 
 
 class Loaders:
@@ -97,8 +80,8 @@ class Loaders:
         return batches
 
 
-def data_of(trainer: Trainer) -> Data | Loaders:
-    """The data module that a Trainer was given, if it has what is asked for, else what its loaders tell.
+def data_of(trainer: Trainer) -> "CIFAR10DataModule | Loaders":
+    """The data module that a Trainer was given, if it is CIFAR10DataModule or like it, else what its loaders tell.
 
     Raises:
         UserError: it was given neither.

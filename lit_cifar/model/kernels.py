@@ -4,14 +4,13 @@ whole, and TF32. module.py trains with it, nets/ has the nets."""
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_cifar.data.loader import EvalBatches, TrainBatches
 from lit_cifar.errors import UserError, is_memory
@@ -82,7 +81,7 @@ def warm_up(module: "LitClassifier", stages: Iterable[str]) -> None:
     trainer = module.trainer
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         return  # others hold parts of the weights, and gather them for a step alone
-    with _explained():
+    try:
         for stage in stages:
             num_images = _sizes(batches_of(trainer, stage), getattr(trainer, f"limit_{stage}_batches"))
             with unchanged(module.net, module.device):
@@ -90,6 +89,10 @@ def warm_up(module: "LitClassifier", stages: Iterable[str]) -> None:
                     _warm_up_training(module, num_images)
                 else:
                     _warm_up_evaluation(module, num_images)
+    except Exception as error:
+        if is_memory(error) or not type(error).__module__.startswith("torch._"):  # the net's own
+            raise
+        raise _cannot_compile(error) from error
 
 
 def _sizes(batches: TrainBatches | EvalBatches | None, limit: float) -> list[int]:
@@ -133,20 +136,6 @@ def _logits(module: "LitClassifier", images: Tensor, side: int | None) -> Tensor
         return module.forward(images, side)
 
 
-def synchronise_norms(module: nn.Module) -> list[str]:
-    """Makes BatchNorm of a module SyncBatchNorm, and gives the names of the buffers that are equal on all ranks then.
-
-    Norms of a class that computes in its own way stay as they are.
-    """
-    for parent in list(module.modules()):
-        for name, norm in parent.named_children():
-            if isinstance(norm, _BatchNorm) and type(norm).forward is _BatchNorm.forward:
-                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
-    norms = {path: norm for path, norm in module.named_modules() if isinstance(norm, nn.SyncBatchNorm)}
-    of_all_ranks = {path: norm for path, norm in norms.items() if norm.process_group is None}
-    return [f"{path}.{name}" for path, norm in of_all_ranks.items() for name, _ in norm.named_buffers()]
-
-
 def set_tf32(on: bool) -> None:
     """Lets CUDA round the factors of float32 products to TensorFloat-32, in convolutions and matrices alike, or not.
 
@@ -156,16 +145,6 @@ def set_tf32(on: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the newer way
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if is_memory(error) or not type(error).__module__.startswith("torch._"):  # the net's own
-            raise
-        raise _cannot_compile(error) from error
 
 
 def _cannot_compile(error: Exception) -> UserError:

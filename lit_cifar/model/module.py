@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_cifar import clock
 from lit_cifar.data.loader import DeviceLoader, TrainBatches
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model import kernels
 from lit_cifar.model.batch import Intake, images_of
-from lit_cifar.model.check import check_training, count_logits, shape_lazy_layers
+from lit_cifar.model.check import count_logits, shape_lazy_layers
 from lit_cifar.model.chosen import MakeOptimizer, MakeScheduler
 from lit_cifar.model.classifier import TTA, normalise, views
 from lit_cifar.model.data import data_of, some_batches
@@ -28,10 +29,9 @@ from lit_cifar.model.ranges import (
     NonNegativeFloat,
     PositiveFloat,
     Side,
-    checked,
-    one_of,
+    checked_arguments,
 )
-from lit_cifar.model.saved import SavedModule, made_again, maker_settings, plain
+from lit_cifar.model.saved import SavedModule, made_again
 from lit_cifar.results.metrics import Tally
 from lit_cifar.results.report import Report
 
@@ -102,25 +102,20 @@ class LitClassifier(SavedModule):
         scheduler_interval: Interval | None = None,
         scheduler_monitor: str | None = None,
     ) -> None:
-        groups = [Group.of(group) for group in groups or []] or None
-        if not isinstance(net, nn.Module):
-            raise UserError(f"--model.net gives {type(net).__name__}, no torch.nn.Module: want a net, such as Net()")
-        if len(mean) != 3 or len(std) != 3:
-            raise UserError("--model.mean and --model.std: give three numbers each, one for each channel")
-        mean, std = [float(each) for each in mean], [checked("--model.std", each, PositiveFloat) for each in std]  # type: ignore[assignment]
-        optimizer, scheduler = made_again(optimizer), made_again(scheduler)
-        settings = {key: plain(value) for key, value in locals().items() if key not in ("self", "net", "__class__")}
-        settings |= {"optimizer": maker_settings(optimizer), "scheduler": maker_settings(scheduler)}
-        rates = (lr, momentum, weight_decay, nesterov, schedule, warmup, groups)
-        super().__init__(*rates, optimizer, scheduler, scheduler_interval, scheduler_monitor)
-        if sides is not None and not sides:
+        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        given |= {"optimizer": made_again(optimizer), "scheduler": made_again(scheduler)}
+        given = checked_arguments(LitClassifier.__init__, given, "--model.")
+        # not as arrays: save_hyperparameters compares what it finds in this frame
+        mean, std, sides = given["mean"], given["std"], given["sides"]
+        if sides == []:
             raise UserError("--model.sides [] names no side; leave it out to train on images as they are")
+        super().__init__()
         shape_lazy_layers(net)
         self.net = net
-        self.settle()
-        self.label_smoothing: float = checked("--model.label_smoothing", label_smoothing, ClosedUnitInterval)
-        self.sides: list[int] = [checked("--model.sides", side, Side) for side in sides or []]
-        self.tta: TTA = one_of("--model.tta", tta, TTA)
+        self.take_settings(given)
+        self.label_smoothing: float = given["label_smoothing"]
+        self.sides: list[int] = sides or []
+        self.tta: TTA = tta
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         # constants; DDP would broadcast them before each forward (7 % of a step: the tutorial's net, 2 processes)
@@ -134,9 +129,7 @@ class LitClassifier(SavedModule):
         self.images_per_second = 0.0  # over the same steps, all ranks together
         self.reports: dict[str, Report] = {}  # newest of each stage
         self.example_input_array = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)  # for Lightning's summary
-        self.config = {"model": settings}
-        if type(self).__init__ is LitClassifier.__init__:  # a subclass saves what its own takes
-            self.save_hyperparameters({**settings, "net": type(net).__name__})
+        self.describe(given, is_whole=type(self).__init__ is LitClassifier.__init__)
         self._intake = Intake()
         self._logs_loss = False  # where no callback does
         self._loss: Tensor | None = None  # of the newest step
@@ -225,7 +218,13 @@ class LitClassifier(SavedModule):
         They are equal on all ranks then, so that DDP need not broadcast them before each forward pass. Norms of a class
         that computes in its own way stay as they are.
         """
-        self._ddp_params_and_buffers_to_ignore += kernels.synchronise_norms(self)
+        for parent in list(self.modules()):
+            for name, norm in parent.named_children():
+                if isinstance(norm, _BatchNorm) and type(norm).forward is _BatchNorm.forward:
+                    setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
+        for path, norm in self.named_modules():
+            if isinstance(norm, nn.SyncBatchNorm) and norm.process_group is None:
+                self._ddp_params_and_buffers_to_ignore += [f"{path}.{name}" for name, _ in norm.named_buffers()]
 
     def set_classes(self, classes: tuple[str, ...]) -> None:
         """Names the K classes; called again with the same ones it changes nothing.
@@ -237,7 +236,7 @@ class LitClassifier(SavedModule):
         """
         if classes and classes == self.classes:
             return
-        num_logits = count_logits(self.net, self, self.mean.device)
+        num_logits = count_logits(self)
         if not classes:
             classes = self.classes if len(self.classes) == num_logits else tuple(map(str, range(num_logits)))
         if num_logits != len(classes):
@@ -247,14 +246,6 @@ class LitClassifier(SavedModule):
             )
         self.classes = classes
         self.tallies = nn.ModuleDict({stage: Tally(len(classes)) for stage in STAGES}).to(self.mean.device)
-
-    def check_training(self, num_images: set[int]) -> None:
-        """Tries the net on black images as it will be trained, on batches of which some have `num_images`.
-
-        Raises:
-            UserError: it cannot be trained so.
-        """
-        check_training(self.net, self, self.sides or [None], num_images, self.mean.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of this rank's share, scaled so that the ranks' mean is the mean over the whole batch."""
@@ -304,6 +295,8 @@ class LitClassifier(SavedModule):
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
+        if self.trainer.state.fn == "fit" and self.trainer.is_last_batch:
+            self.follow("val/")  # before states are saved
 
     def on_test_epoch_end(self) -> None:
         self._report("test")

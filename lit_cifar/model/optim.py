@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_cifar.errors import UserError
-from lit_cifar.model.ranges import HalfOpenUnitInterval, NonNegativeFloat, checked, one_of
+from lit_cifar.model.ranges import HalfOpenUnitInterval, NonNegativeFloat
 
 Schedule = Literal["constant", "linear", "cosine", "onecycle"]
 Kind = Literal["sgd", "muon"]
@@ -100,42 +100,10 @@ class Group:
     name: str
     pattern: str
     kind: Kind = "sgd"
-    lr: float | None = None
-    momentum: float | None = None
-    weight_decay: float | None = None
+    lr: NonNegativeFloat | None = None
+    momentum: HalfOpenUnitInterval | None = None
+    weight_decay: NonNegativeFloat | None = None
     nesterov: bool | None = None
-
-    @classmethod
-    def of(cls, settings: Any) -> "Group":
-        """A group of itself, or of a dict.
-
-        Raises:
-            UserError: it is neither, or the dict is not a group's.
-        """
-        try:
-            return settings if isinstance(settings, cls) else cls(**settings)
-        except TypeError:
-            names = ", ".join(cls.__dataclass_fields__)
-            raise UserError(
-                f"--model.groups: {settings!r} is no group: want Group(...), or a dict of {names}"
-            ) from None
-
-    def check(self) -> None:
-        """Checks the group's settings; the parser cannot word what is wrong within a list.
-
-        Raises:
-            UserError: one is out of its range, or of a wrong type.
-        """
-        if not isinstance(self.pattern, str):
-            raise UserError(f"--model.groups: {self.name}'s pattern is a {type(self.pattern).__name__}, no text")
-        one_of(f"--model.groups: {self.name}'s kind", self.kind, Kind)
-        for key, kind in (
-            ("lr", NonNegativeFloat),
-            ("momentum", HalfOpenUnitInterval),
-            ("weight_decay", NonNegativeFloat),
-        ):
-            if (value := getattr(self, key)) is not None:
-                checked(f"--model.groups: {self.name}'s {key}", value, kind)
 
 
 def claim(named_parameters: Iterable[tuple[str, nn.Parameter]], groups: Sequence[Group]) -> list[list[nn.Parameter]]:

@@ -11,12 +11,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import lr_scheduler
 
+from lit_cifar import log
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model import steps
-from lit_cifar.model.chosen import MakeOptimizer, MakeScheduler, class_of, default_of, make_optimizer, one_line
+from lit_cifar.model.chosen import class_of, default_of, make_optimizer, one_line
 from lit_cifar.model.data import num_train_batches
 from lit_cifar.model.optim import OPTIONS, Group, Schedule, lr_factor
-from lit_cifar.model.ranges import ClosedUnitInterval, HalfOpenUnitInterval, NonNegativeFloat, checked, one_of
 from lit_cifar.run.trust import is_plain
 from lit_cifar.run.write import plain
 
@@ -26,99 +26,94 @@ CYCLES = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)  # which go by steps, 
 
 class OptimisedModule(LightningModule):
     """A module whose `net` is trained by SGD, by groups of SGD and Muon, or by an optimiser and a scheduler of the
-    user's, with a schedule over all steps.
-
-    Args: those of LitClassifier, which says what they mean.
-
-    Raises:
-        UserError: a setting is out of its range, or two contradict each other.
-    """
+    user's, with a schedule over all steps. LitClassifier says what its settings mean."""
 
     net: nn.Module
-
+    lr: float
     momentum: float | None
     weight_decay: float | None
+    nesterov: bool | None
 
-    def __init__(
-        self,
-        lr: float | None,
-        momentum: float | None,
-        weight_decay: float | None,
-        nesterov: bool | None,
-        schedule: Schedule,
-        warmup: float,
-        groups: list[Group] | None,
-        optimizer: MakeOptimizer | None = None,
-        scheduler: MakeScheduler | None = None,
-        scheduler_interval: Interval | None = None,
-        scheduler_monitor: str | None = None,
-    ) -> None:
-        super().__init__()
-        self._optimizer, self._scheduler = optimizer, scheduler
-        self.sets_rates_itself = "max_lr" in getattr(scheduler, "keywords", {})
-        lr = self._rate_of_cycle(lr, groups or [])
-        self._is_lr_given = optimizer is None or lr is not None
-        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        own = given if optimizer else {key: OPTIONS[key] if value is None else value for key, value in given.items()}
-        if own["nesterov"] and own["momentum"] == 0:
-            raise UserError("--model.nesterov true needs --model.momentum above 0")
-        self.lr: float = checked("--model.lr", OPTIONS["lr"] if lr is None else lr, NonNegativeFloat)
-        for key, kind in (("momentum", HalfOpenUnitInterval), ("weight_decay", NonNegativeFloat)):
-            setattr(self, key, None if own[key] is None else checked(f"--model.{key}", own[key], kind))
-        self.nesterov: bool | None = None if own["nesterov"] is None else bool(own["nesterov"])
-        self.schedule: Schedule = one_of("--model.schedule", schedule, Schedule)
-        self.warmup: float = checked("--model.warmup", warmup, ClosedUnitInterval)
-        self.groups = groups or []
-        for group in self.groups:
-            group.check()
-        if scheduler and (schedule != "constant" or warmup):
-            raise UserError("--model.scheduler takes the place of --model.schedule and --model.warmup: leave these out")
-        for flag, value in (("interval", scheduler_interval), ("monitor", scheduler_monitor)):
-            if value and not scheduler:
-                raise UserError(f"--model.scheduler_{flag} {value} needs --model.scheduler")
-        one_of("--model.scheduler_interval", scheduler_interval or "step", Interval)
-        for key, made in (("optimizer", optimizer), ("scheduler", scheduler)):
-            if made is not None and not callable(made):
-                given = repr(made) if isinstance(made, str) else f"is a {type(made).__name__} and"
-                raise UserError(
-                    f"--model.{key} {given} is no class, such as torch.optim.AdamW, and no other callable that makes "
-                    "one; functools.partial gives a class its arguments"
-                )
-        self.scheduler_interval, self.scheduler_monitor = scheduler_interval, scheduler_monitor
+    def take_settings(self, given: dict[str, Any]) -> None:
+        """Takes those of LitClassifier's arguments that the optimiser and the schedule have, once the net is there.
+
+        Raises:
+            UserError: two contradict each other, or the user's optimiser cannot be made.
+        """
+        self.schedule: Schedule = given["schedule"]
+        self.warmup: float = given["warmup"]
+        self.groups: list[Group] = given["groups"] or []
+        self._optimizer, self._scheduler = given["optimizer"], given["scheduler"]
+        self.scheduler_interval, self.scheduler_monitor = given["scheduler_interval"], given["scheduler_monitor"]
         self._planned_steps: int | None = None
+        self._has_followed = False  # a ReduceLROnPlateau, in this epoch
         self._made_for: tuple[float, int | None] | None = None  # rate and length that the user's scheduler was made for
+        for key, default in OPTIONS.items():  # what is None for an optimiser of the user's is up to it
+            setattr(self, key, default if given[key] is None and self._optimizer is None else given[key])
+        largest: Any = getattr(self._scheduler, "keywords", {}).get("max_lr")
+        self.sets_rates_itself = largest is not None
+        if self.sets_rates_itself:
+            largest = largest[0] if isinstance(largest, (list, tuple)) else largest
+            if given["lr"] not in (None, largest) or any(group.lr is not None for group in self.groups):
+                raise UserError(
+                    f"--model.scheduler sets the rates itself, up to its max_lr {largest}: leave --model.lr and the "
+                    "groups' lr out; max_lr may be a list, with one for each group"
+                )
+            self.lr = float(largest)
+        if self.nesterov and self.momentum == 0:
+            raise UserError("--model.nesterov true needs --model.momentum above 0")
+        if self._scheduler and (self.schedule != "constant" or self.warmup):
+            raise UserError("--model.scheduler takes the place of --model.schedule and --model.warmup: leave these out")
+        for key in ("scheduler_interval", "scheduler_monitor"):
+            if given[key] and not self._scheduler:
+                raise UserError(f"--model.{key} {given[key]} needs --model.scheduler")
+        if not self.has_own_optimizer:
+            self._check_effect(given)
+        elif self._optimizer is not None:
+            self._settle()
 
-    def _rate_of_cycle(self, lr: float | None, groups: list[Group]) -> float | None:
-        """The base rate; for a scheduler that sets the rate itself, the largest that it sets."""
-        largest = getattr(self._scheduler, "keywords", {}).get("max_lr")
-        if largest is None:
-            return lr
-        largest = largest[0] if isinstance(largest, (list, tuple)) else largest
-        if lr not in (None, largest) or any(group.lr is not None for group in groups):
-            raise UserError(
-                f"--model.scheduler sets the rates itself, up to its max_lr {largest}: leave --model.lr and the "
-                "groups' lr out; max_lr may be a list, with one for each group"
-            )
-        return float(largest)
+    def _check_effect(self, given: dict[str, Any]) -> None:
+        """Says which settings a subclass that makes its own optimiser leaves without effect, as far as its code tells.
 
-    def settle(self) -> None:
+        Raises:
+            UserError: an optimiser or a scheduler is among them.
+        """
+        kinds = [kind for kind in type(self).__mro__ if not kind.__module__.startswith(("lit_cifar.", "lightning."))]
+        functions = [inspect.unwrap(value) for kind in kinds for value in vars(kind).values() if callable(value)]
+        codes = [function.__code__ for function in functions if inspect.isfunction(function)]
+        known: set[Any] = set()
+        for code in codes:
+            known |= {*code.co_names, *code.co_consts}
+            codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+        if "configure_optimizers" in known:
+            return  # it calls ours
+        name, own = type(self).__name__, "makes its own optimizer in configure_optimizers"
+        for key in ("optimizer", "scheduler"):
+            if given[key] is not None:
+                raise UserError(
+                    f"--model.{key} has no effect: {name} {own}; leave it out, or call super().configure_optimizers()"
+                )
+        defaults = {**OPTIONS, "schedule": "constant", "warmup": 0.0, "groups": None}
+        changed = [key for key, default in defaults.items() if given[key] not in (None, default)]
+        if lost := [] if "hparams" in known else [f"--model.{key}" for key in changed if key not in known]:
+            log.warn(f"{', '.join(lost)} may have no effect: {name} {own}")
+
+    def _settle(self) -> None:
         """Makes the user's optimiser once, before anything is written, for its learning rate and what is wrong with it.
 
         Raises:
             UserError: it cannot be made, lacks a setting, or has another value for it than the module.
         """
-        if self._optimizer is None:
-            return
         optimizer = self._make()
         named = getattr(optimizer, "named", optimizer)
         for key, theirs in named.defaults.items():
-            ours = getattr(self, key) if key in OPTIONS and (key != "lr" or self._is_lr_given) else None
+            ours = getattr(self, key) if key in OPTIONS else None
             if ours is not None and theirs not in (ours, default_of(type(named), key)):
                 raise UserError(
                     f"--model.{key} {ours} and --model.optimizer.{key} {theirs} contradict each other: give one of them"
                 )
-        if not self._is_lr_given:
-            self.lr, self._is_lr_given = float(named.defaults.get("lr", named.param_groups[0]["lr"])), True
+        if self.lr is None:
+            self.lr = float(named.defaults.get("lr", named.param_groups[0]["lr"]))
 
     def note_optimizer(self, settings: dict[str, Any]) -> None:
         """Puts into a config's settings of the model the numbers that they leave open; the rate stands there once."""
@@ -148,10 +143,8 @@ class OptimisedModule(LightningModule):
             return made
         else:
             self._planned_steps = self._num_steps(f"--model.schedule {self.schedule}")
-            configured = {
-                "scheduler": lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_factor(step)),
-                "interval": "step",
-            }
+            scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_factor(step))
+            configured = {"scheduler": scheduler, "interval": "step"}
         optimizer.lit_cifars_schedule = configured["scheduler"]
         return {"optimizer": optimizer, "lr_scheduler": configured}  # type: ignore[return-value]
 
@@ -165,11 +158,8 @@ class OptimisedModule(LightningModule):
         assert self._scheduler is not None
         kind, keywords = class_of(self._scheduler), getattr(self._scheduler, "keywords", {})
         more: dict[str, Any] = {}
-        if (
-            kind
-            and issubclass(kind, lr_scheduler.OneCycleLR)
-            and not (keywords.get("total_steps") or keywords.get("epochs"))
-        ):
+        is_planned = keywords.get("total_steps") or keywords.get("epochs")
+        if kind and issubclass(kind, lr_scheduler.OneCycleLR) and not is_planned:
             more["total_steps"] = self._num_calls(self.scheduler_interval or "step")
         self._made_for = self.lr, more.get("total_steps")
         try:
@@ -236,14 +226,9 @@ class OptimisedModule(LightningModule):
     def settings(self) -> list[dict[str, Any]]:
         """Settings of each parameter group; the module's own stand in for those that a group leaves open. What both
         leave open is None: it is up to the user's optimiser."""
-        own = {key: getattr(self, key) if key != "lr" or self._is_lr_given else None for key in OPTIONS}
-        return [
-            {
-                "name": group.name,
-                **{key: value if (value := getattr(group, key)) is not None else own[key] for key in own},
-            }
-            for group in self.groups
-        ] or [{"name": "net", **own}]
+        own = {key: getattr(self, key) for key in OPTIONS}
+        given = [{key: value for key, value in vars(group).items() if value is not None} for group in self.groups]
+        return [{key: {**own, **group}[key] for key in ("name", *own)} for group in given] or [{"name": "net", **own}]
 
     def on_train_start(self) -> None:
         """Applies settings changed since the checkpoint, whose own come with a restored optimiser, and plans anew: only
@@ -253,7 +238,7 @@ class OptimisedModule(LightningModule):
         trainer = self.trainer
         # Lightning leaves it at 1 for the rest of an epoch that is resumed in its middle
         trainer.accumulate_grad_batches = steps.accumulation(trainer, trainer.current_epoch)
-        self._planned_steps = None
+        self._planned_steps, self._has_followed = None, False
         optimizer: Any = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         if not hasattr(optimizer, "lit_cifars_schedule"):
             return
@@ -276,15 +261,49 @@ class OptimisedModule(LightningModule):
             configs[0].scheduler = optimizer.lit_cifars_schedule = self._make_scheduler(optimizer)["scheduler"]
         else:
             self._check_length(schedule, configs[0].interval)  # type: ignore[arg-type]
+            if self._follows(schedule):
+                self._follow_at_last(configs[0])
+
+    def _follow_at_last(self, config: Any) -> None:
+        """Has our ReduceLROnPlateau told what it follows, where a state was saved after an epoch's last step and before
+        that: Lightning takes such an epoch as done, and leaves its validation out.
+
+        Raises:
+            UserError: it follows what was known at that epoch's end only.
+        """
+        loop: Any = self.trainer.fit_loop.epoch_loop
+        is_validated = loop.restarted_on_last and self.trainer.fit_loop.restarted_mid_epoch
+        is_due = config.scheduler.last_epoch < (self.current_epoch + is_validated) // config.frequency
+        is_at_end = loop.batch_progress.is_last_batch and (loop.restarted_on_train_batch_end or is_validated)
+        if not (is_due and is_at_end):
+            return
+        if not config.monitor.startswith("val/"):
+            raise UserError(
+                f"the state was saved in an epoch's last step, before {config.monitor} was there, which "
+                "ReduceLROnPlateau follows: go on with another state"
+            )
+        self.trainer.validating = True
+        loop.val_loop.run()
+        self.trainer.training = True
+        self._has_followed = False
+
+    def follow(self, of: str = "") -> None:
+        """Tells our ReduceLROnPlateau, at the end of an epoch, the value that it follows, if it begins with `of`.
+
+        Lightning does so after states are saved, and not at the end of an epoch that was resumed in its middle, so that
+        a resumed run would go on with another rate.
+        """
+        for config in self.trainer.lr_scheduler_configs:
+            value = self.trainer.callback_metrics.get(str(config.monitor))
+            if self._follows(config.scheduler) and value is not None and str(config.monitor).startswith(of):
+                config.scheduler.step(value)  # type: ignore[arg-type]
+                self._has_followed = True
 
     def on_train_epoch_end(self) -> None:
-        """Tells our ReduceLROnPlateau what it follows. Lightning does so after states are saved, and not at the end of
-        an epoch that was resumed in its middle, so that a resumed run would go on with another rate."""
-        for config in self.trainer.lr_scheduler_configs:
-            if self._follows(config.scheduler) and (self.current_epoch + 1) % config.frequency == 0:
-                value = self.trainer.callback_metrics.get(str(config.monitor))
-                if value is not None:  # else the validation was before the state that was resumed
-                    config.scheduler.step(value)  # type: ignore[arg-type]
+        frequencies = [config.frequency for config in self.trainer.lr_scheduler_configs]
+        if not self._has_followed and all((self.current_epoch + 1) % frequency == 0 for frequency in frequencies):
+            self.follow()
+        self._has_followed = False
 
     @calls_chosen("in training")
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:

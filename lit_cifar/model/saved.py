@@ -4,10 +4,10 @@ knows when states are saved; classifier.py has `load`, which needs no LitClassif
 import functools
 import importlib
 import inspect
+import itertools
+import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
-from numbers import Integral, Real
+from dataclasses import is_dataclass
 from typing import Any, Self
 
 import torch
@@ -22,29 +22,30 @@ from lit_cifar.model.classifier import check_classes, check_weights, load
 from lit_cifar.model.optimised import OptimisedModule
 from lit_cifar.run.read import read_checkpoint
 from lit_cifar.run.trust import check_trusted
+from lit_cifar.text import printable
 
 MAKERS = ("optimizer", "scheduler")
 
 
 def plain(value: Any) -> Any:
-    """A setting as checkpoints and YAML hold it: numbers, texts, lists and dicts; None for what is none of these."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    kinds: list[tuple[Any, Any]] = [(bool, bool), (Integral, int), (Real, float), (str, str)]  # NumPy's types too
-    return next((made(value) for kind, made in kinds if isinstance(value, kind)), None)
+    """A setting as checkpoints and YAML hold it, which JSON could too: numbers, texts, lists and dicts; None for what
+    is none of these."""
+    try:
+        return json.loads(json.dumps(value, default=lambda inner: vars(inner) if is_dataclass(inner) else inner.item()))
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # other objects, tensors, references to itself
+        return None
 
 
 def maker_settings(make: Any) -> dict[str, Any] | None:
     """A class of torch's, or a partial of one, of an optimiser or scheduler as class_path and init_args; None for what
     the file cannot tell: other callables, other classes, arguments that are no plain values."""
-    kind, arguments = class_of(make), getattr(make, "keywords", {})
-    told = {"class_path": kind and _path_of(kind), "init_args": plain(arguments)}
-    lost = any(value is not None and plain(value) is None for value in arguments.values())
-    return None if lost or not _is_trusted(told) else told
+    kind, arguments = class_of(make), plain(getattr(make, "keywords", {}))
+    told = {"class_path": kind and _path_of(kind)}
+    if kind is None or arguments is None or not _is_trusted(told):
+        return None
+    parameters = inspect.signature(kind).parameters.values()  # as commands, which leave the rate to the model's
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty and each.name != "lr"}
+    return {**told, "init_args": {**plain(defaults), **arguments}}
 
 
 def made_again(make: Any) -> Any:
@@ -65,15 +66,17 @@ def _is_trusted(settings: Any) -> bool:
         check_trusted(settings)
     except UserError:
         return False
-    return _names_class(settings) and isinstance(settings["class_path"], str)
+    return _names_class(settings)
 
 
 def _path_of(kind: type) -> str | None:
-    """Where others can import a class; None where they cannot."""
-    module = sys.modules.get(kind.__module__)
-    if kind.__module__ == "__main__" or getattr(module, kind.__qualname__, None) is not kind:
+    """Where others can import a class, at the shortest; None where they cannot."""
+    if kind.__module__ == "__main__":
         return None
-    return f"{kind.__module__}.{kind.__qualname__}"
+    packages = itertools.accumulate(kind.__module__.split("."), "{}.{}".format)
+    places = (name for name in packages if getattr(sys.modules.get(name), kind.__qualname__, None) is kind)
+    place = next(places, None)
+    return place and f"{place}.{kind.__qualname__}"
 
 
 def net_settings(net: nn.Module) -> dict[str, Any] | None:
@@ -114,12 +117,18 @@ class SavedModule(OptimisedModule):
     net: nn.Module
     classes: tuple[str, ...]
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        # settings as plain values, of this module or of the whole command; travels in the checkpoint
-        self.config: dict[str, Any] = {"model": {}}
+    _described: tuple[nn.Module, dict[str, Any] | None] | None = None
+
+    def describe(self, given: dict[str, Any], is_whole: bool) -> None:
+        """Makes plain values of LitClassifier's arguments; hyperparameters too, unless a subclass saves what its own
+        __init__ takes."""
+        settings = plain({key: value for key, value in given.items() if key not in ("net", *MAKERS)})
+        settings |= {key: maker_settings(given[key]) for key in MAKERS}
+        # of this module, or of the whole command; travels in the checkpoint
+        self.config: dict[str, Any] = {"model": settings}
         self.recipe: str | None = None  # what people call this training run; travels in the checkpoint
-        self._described: tuple[nn.Module, dict[str, Any] | None] | None = None
+        if is_whole:
+            self.save_hyperparameters({**settings, "net": type(self.net).__name__})
 
     def describe_net(self) -> dict[str, Any] | None:
         """`net_settings` of the net, found out once: in training it may be wrapped or in parts."""
@@ -154,7 +163,8 @@ class SavedModule(OptimisedModule):
                 kwargs = {**settings, **kwargs}
                 lost = [key for key in state["lit_cifar"].get("makers", ()) if kwargs.get(key) is None]
                 if lost:
-                    log.warn(f"the checkpoint does not hold {_of_own(lost)}, which it was trained with: give it again")
+                    own = " and ".join(f"an own {key}" for key in lost)
+                    log.warn(f"the checkpoint does not hold {own}, which it was trained with: give it again")
                 if "scheduler" in lost:
                     kwargs |= {"scheduler_interval": None, "scheduler_monitor": None}
         if net is not None:
@@ -166,11 +176,8 @@ class SavedModule(OptimisedModule):
         the same names, since Lightning raises where they differ."""
         if "trainer" in self.config:
             self._log_hyperparams = False
-        initial, theirs = (
-            self.hparams_initial,
-            getattr(getattr(self.trainer, "datamodule", None), "hparams_initial", {}),
-        )
-        if shared := initial.keys() & theirs.keys():
+        initial, data = self.hparams_initial, getattr(self.trainer, "datamodule", None)
+        if shared := initial.keys() & getattr(data, "hparams_initial", {}).keys():
             self._hparams_initial = {f"model/{key}" if key in shared else key: initial[key] for key in initial}
 
     def note_settings(self) -> bool:
@@ -198,21 +205,36 @@ class SavedModule(OptimisedModule):
         ours = {"classes": list(self.classes), "config": config, "recipe": self.recipe, "makers": self._chosen()}
         checkpoint["lit_cifar"] = ours
 
-    def _chosen(self) -> list[str]:
-        return [key for key in MAKERS if getattr(self, f"_{key}") is not None]
+    def _chosen(self) -> dict[str, str]:
+        """Names of the optimiser and the scheduler that the user chose in the place of ours."""
+        made = {key: getattr(self, f"_{key}") for key in MAKERS}
+        return {key: getattr(class_of(make) or make, "__name__", "") for key, make in made.items() if make is not None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_fits(checkpoint)
-        trained_with = checkpoint.get("lit_cifar", {}).get("makers", self._chosen())
-        stage = getattr(getattr(self._trainer, "state", None), "fn", None)
-        if stage == "fit" and self.has_own_optimizer and trained_with != self._chosen():
-            raise UserError(
-                f"the checkpoint was trained with {_of_own(trained_with)}, and this module has "
-                f"{_of_own(self._chosen())}: give LitClassifier the same to go on"
-            )
+        if self.has_own_optimizer and getattr(getattr(self._trainer, "state", None), "fn", None) == "fit":
+            self._check_optimizer(checkpoint)
         named = tuple(checkpoint.get("lit_cifar", {}).get("classes", ()))
         if named and not _are_named(self.classes):
             self.set_classes(named)
+
+    def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError where a checkpoint's optimiser or scheduler is of another kind, or has other groups."""
+        theirs, ours = checkpoint.get("lit_cifar", {}).get("makers"), self._chosen()
+        states = checkpoint.get("optimizer_states") or []
+        before, now = "", ""
+        if isinstance(theirs, dict) and theirs != ours:
+            before, now = _listed(theirs), _listed(ours)
+        elif states and (self.groups or not self._optimizer):
+            groups = [str(group.get("name", "net")) for group in states[0]["param_groups"]]
+            wanted = [group["name"] for group in self.settings()]
+            if groups[: len(wanted)] != wanted:  # callbacks may add more
+                before, now = (f"the parameter groups {', '.join(map(printable, names))}" for names in (groups, wanted))
+        if before != now:
+            raise UserError(
+                f"the checkpoint was trained with {before}, and this module has {now}: give LitClassifier the same to "
+                "go on"
+            )
 
     def set_classes(self, classes: tuple[str, ...]) -> None:
         """Names the K classes."""
@@ -232,13 +254,13 @@ class SavedModule(OptimisedModule):
             check_classes(checkpoint, classes)
 
 
-def _of_own(makers: Any) -> str:
-    return " and ".join(f"an own {key}" for key in makers) or "no optimizer and scheduler of its own"
+def _listed(makers: dict[str, Any]) -> str:
+    return " and ".join(f"the {key} {printable(str(name))}" for key, name in makers.items()) or "SGD or Muon of its own"
 
 
 def _names_class(value: Any) -> bool:
     """Whether a setting is something that is made, such as a net."""
-    return isinstance(value, dict) and "class_path" in value
+    return isinstance(value, dict) and isinstance(value.get("class_path"), str)
 
 
 def _are_named(classes: tuple[str, ...]) -> bool:
