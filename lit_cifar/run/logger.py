@@ -37,7 +37,7 @@ class RunLogger(TensorBoardLogger):
         super().__init__("", "", default_hp_metric=False, prefix=prefix, **settings)
         self._run = run
         self._place = place
-        self._resumed_step = resumed_step
+        self._done = resumed_step if run.tested_step == resumed_step else None  # only the test is left, as logged
         self.is_resumed = resumed_step is not None and any(Path(self.log_dir).glob("events.out.tfevents.*"))
 
     @property
@@ -74,11 +74,7 @@ class RunLogger(TensorBoardLogger):
             return
         prefix = f"{self._prefix}-" if self._prefix else ""
         values = [Summary.Value(tag=prefix + name, simple_value=float(value)) for name, value in metrics.items()]
-        if step is not None and step == self._resumed_step:
-            # nothing is left to train: a test that was killed after it had logged, or that is repeated
-            written = scalars_at(Path(self.log_dir), step)
-            values = [value for value in values if written.get(value.tag) != value.simple_value]
-        if values:
+        if step is None or step != self._done:
             self.experiment._get_file_writer().add_summary(Summary(value=values), step)
 
     @rank_zero_only
@@ -111,7 +107,7 @@ class _Writer(SummaryWriter):
             probe.write_bytes(bytes(4096))  # more than the file begins with
         except OSError as error:
             self.lose(error)
-            nowhere: Any = _NoEvents()
+            nowhere: Any = _Guarded(None, self.lose)
             self.file_writer, self.all_writers = nowhere, {self.log_dir: nowhere}  # type: ignore[assignment]
             return nowhere
         finally:
@@ -124,7 +120,7 @@ class _Writer(SummaryWriter):
 
 
 class _Guarded:
-    """A file of events, dropped at its first error."""
+    """A file of events, dropped at its first error; without a file whatever is called does nothing."""
 
     def __init__(self, file: Any, lose: Callable[[Exception], None]) -> None:
         self._file, self._lose = file, lose
@@ -132,32 +128,10 @@ class _Guarded:
     def __getattr__(self, name: str) -> Any:
         return functools.partial(self._do, name)
 
-    def _do(self, name: str, *args: Any) -> None:
+    def _do(self, name: str, *args: Any, **settings: Any) -> None:
         if self._file is not None:
             try:
-                getattr(self._file, name)(*args)
+                getattr(self._file, name)(*args, **settings)
             except Exception as error:  # TensorFlow's files, which are used where there is one, raise their own
                 self._file = None
                 self._lose(error)
-
-
-class _NoEvents:
-    """A writer of events that writes none."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: None
-
-
-def scalars_at(run: Path, step: int) -> dict[str, float]:
-    """What TensorBoard shows of a run at a step, by tag."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import SessionLog
-
-    found: dict[str, float] = {}
-    for path in sorted(run.glob("events.out.tfevents.*")):  # in TensorBoard's own order
-        for event in LegacyEventFileLoader(str(path)).Load():
-            if event.session_log.status == SessionLog.START and event.step <= step:
-                found.clear()  # forgotten by a resumed run, from the event's step on
-            if event.step == step:
-                found |= {value.tag: value.simple_value for value in event.summary.value}
-    return found
