@@ -124,11 +124,11 @@ def make_loggers(chosen: Any, run: Run, resumed_step: int | None) -> list[Logger
     Raises:
         UserError: a logger cannot be made.
     """
-    if chosen in (None, True):
-        return [RunLogger(run, resumed_step)]
-    chosen = chosen if isinstance(chosen, list) else [chosen] if chosen else []
+    chosen = chosen if isinstance(chosen, list) else [] if chosen is False else [chosen]
     if log.rank():
         return [DummyLogger() for _ in chosen]
+    if chosen in ([None], [True]):
+        return [RunLogger(run, resumed_step)]
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     before = _begun(run) if resumed_step is not None else {}

@@ -146,8 +146,8 @@ class Run:
 
     @property
     def tested_step(self) -> int | None:
-        """Steps of the state that `results` are of; None where there are none, or no folder yet."""
-        num_steps = read_json(self.results).get("num_steps") if self.is_claimed else None
+        """Steps of the state that `results` are of; None where there are none."""
+        num_steps = read_json(self.results).get("num_steps")
         return num_steps if type(num_steps) is int else None
 
     def set_results_aside(self) -> None:

@@ -22,7 +22,7 @@ class RunLogger(TensorBoardLogger):
     """TensorBoard's events in the folder of a run.
 
     Args:
-        run: the run, which has a folder as soon as the first event is written.
+        run: the run, with a folder.
         resumed_step: the step that a resumed run goes on from; TensorBoard forgets what was written for later ones.
         place: another folder than the run's.
         prefix: of each tag.
@@ -34,11 +34,10 @@ class RunLogger(TensorBoardLogger):
     ) -> None:
         if resumed_step is not None:
             settings["purge_step"] = resumed_step + 1
-        super().__init__("", "", default_hp_metric=False, prefix=prefix, **settings)
-        self._run = run
-        self._place = place
+        place = place or run.folder
+        super().__init__(place.parent, "", place.name, default_hp_metric=False, prefix=prefix, **settings)
         self._done = resumed_step if run.tested_step == resumed_step else None  # only the test is left, as logged
-        self.is_resumed = resumed_step is not None and any(Path(self.log_dir).glob("events.out.tfevents.*"))
+        self.is_resumed = resumed_step is not None and any(place.glob("events.out.tfevents.*"))
 
     @property
     @rank_zero_experiment
@@ -46,25 +45,6 @@ class RunLogger(TensorBoardLogger):
         if self._experiment is None:
             self._experiment = _Writer(self.log_dir, **self._kwargs)
         return self._experiment
-
-    # On other ranks than the first the run has no folder yet when Lightning first asks; there they write nothing.
-
-    @property
-    def log_dir(self) -> str:
-        return str(self._place or self._run.folder) if self._run.is_claimed else ""
-
-    @property
-    def root_dir(self) -> str:
-        return self.save_dir
-
-    @property
-    def save_dir(self) -> str:
-        """With `name`, which is empty, and `version` this is the run's folder, where Lightning puts them together."""
-        return os.path.dirname(self.log_dir)
-
-    @property
-    def version(self) -> str:
-        return os.path.basename(self.log_dir)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

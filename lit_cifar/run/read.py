@@ -199,7 +199,7 @@ def _is_ours(checkpoint: Any) -> bool:
             and isinstance(chosen["random_states"], list)
             and all(map(_is_random_state, chosen["random_states"]))
         )
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return False
 
 

@@ -233,33 +233,28 @@ class Checkpoints(Checkpoint):
 
         It may be of another run, or of states that were given up for an earlier one.
         """
-        _wait_for_saves(trainer)
-        return bool(trainer.strategy.broadcast(trainer.is_global_zero and self._is_best_ours()))
-
-    def _is_best_ours(self) -> bool:
         assert self.run is not None
-        path = self.run.checkpoint("best")
-        if self.best_score is None or not path.exists():
-            return False
-        with contextlib.suppress(UserError):
-            best = read_checkpoint(path)
-            step = best.step if self.best_step is None else self.best_step  # version 0.1.0 did not note it
-            found = (best.identity, best.chosen.get("best_score"), best.step)
-            if found == (self.run.identity, self.best_score, step):
-                return True
-        log.warn(f"{path} is not the best of the states that this run goes on from: the best is chosen anew")
-        return False
+        _wait_for_saves(trainer)
+        path, is_ours = self.run.checkpoint("best"), False
+        if trainer.is_global_zero and self.best_score is not None and path.exists():
+            is_ours = self._is_ours("best", self.best_step, self.best_score)
+            if not is_ours:
+                log.warn(f"{path} is not the best of the states that this run goes on from: the best is chosen anew")
+        return bool(trainer.strategy.broadcast(is_ours))
 
     def has_final(self, trainer: Trainer) -> bool:
         """Whether final.ckpt is there and of this run's last step; ask on all ranks."""
+        return bool(trainer.strategy.broadcast(trainer.is_global_zero and self._is_ours("final", trainer.global_step)))
+
+    def _is_ours(self, name: str, step: int | None, score: float | None = None) -> bool:
+        """Whether a state is there, whole, of this run, and of a step and with a best score, where these are known."""
         assert self.run is not None
-        ours = False
-        path = self.run.checkpoint("final")
-        if trainer.is_global_zero and path.exists():
-            with contextlib.suppress(UserError):
-                state = read_checkpoint(path)
-                ours = (state.identity, state.step) == (self.run.identity, trainer.global_step)
-        return bool(trainer.strategy.broadcast(ours))
+        try:
+            state = read_checkpoint(self.run.checkpoint(name))
+        except UserError:
+            return False
+        fits = step in (None, state.step) and score in (None, state.chosen.get("best_score"))
+        return fits and state.identity == self.run.identity
 
     @calls_chosen("when a state was saved")
     def _save(self, trainer: Trainer, name: str) -> None:
