@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import stat
@@ -11,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lit_cifar import log
 from lit_cifar.errors import UserError
@@ -94,6 +95,15 @@ def read_whole(path: Path) -> bytes:
         if num_bytes > MAX_BYTES:
             raise OSError(errno.EFBIG, f"it has {num_bytes:,} bytes")
         return file.read()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The map that a file of JSON holds; an empty one where it cannot be read, or holds something else."""
+    try:
+        content = json.loads(read_whole(path))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_durably(path: Path, data: bytes) -> None:

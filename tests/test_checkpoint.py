@@ -5,7 +5,6 @@ import io
 import math
 import os
 import pickle
-import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +22,8 @@ from torch.utils._pytree import tree_leaves
 import lit_cifar.fit
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run import save as save_module
-from lit_cifar.run import write as write_module
 from lit_cifar.run.folder import RUNS, Run
-from lit_cifar.run.logger import RunLogger, scalars_at
+from lit_cifar.run.logger import RunLogger
 from lit_cifar.run.read import find_checkpoint, read_checkpoint
 from lit_cifar.run.save import Checkpoints
 from lit_cifar.run.write import DurableCheckpointIO, get_random_state, set_random_state
@@ -74,21 +72,6 @@ def test_a_gpus_tensors_are_saved_as_a_cpus_and_copied_without_waiting_for_each(
                 assert torch.equal(one, other)
             else:
                 assert one == other
-
-
-def test_tensors_that_share_memory_share_it_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a CPU's in place of a GPU's, which a pretended GPU's tensors cannot share."""
-    monkeypatch.setattr(write_module, "_is_on_gpu", lambda value: type(value) is torch.Tensor)
-    waits: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
-    whole = torch.arange(1000.0)
-    checkpoint = {"whole": whole, "part": whole[100:200:2], "turned": whole.view(10, 100).t()}
-    DurableCheckpointIO().save_checkpoint(checkpoint, tmp_path / "last.ckpt")
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert all(torch.equal(saved[name], tensor) for name, tensor in checkpoint.items())
-    assert all(saved[name].stride() == tensor.stride() for name, tensor in checkpoint.items())
-    assert len({tensor.untyped_storage().data_ptr() for tensor in saved.values()}) == 1
-    assert len(waits) == 1
 
 
 @pytest.fixture
@@ -350,24 +333,6 @@ def test_metrics_are_logged_as_lightnings_own_logger_does(tmp_path: Path) -> Non
         seen.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]})
         assert (Path(logger.log_dir) / "curves_one").is_dir(), "a run of its own for each of the curves in one chart"
     assert seen[0] == seen[1]
-
-
-def test_what_a_run_has_at_a_step_is_what_tensorboard_shows(tmp_path: Path) -> None:
-    run = tmp_path / RUNS / "version_0"
-    for resumed_step, steps in ((None, (1, 2, 3)), (2, (3, 4)), (4, (5,))):
-        logger = logger_of(tmp_path, resumed_step)
-        for step in steps:
-            metrics = {"train/loss": 10 * (resumed_step or 0) + step, f"train/of_{resumed_step}": 0.1}
-            logger.log_metrics(metrics, step=step)
-        logger.finalize("success")
-        time.sleep(1.01)  # files are named by the second
-    with next(run.glob("events.*")).open("ab") as file:
-        file.write(b"cut off")  # by a kill
-    events = EventAccumulator(str(run))
-    events.Reload()
-    shown = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-    for step in range(7):
-        assert scalars_at(run, step) == {tag: values[step] for tag, values in shown.items() if step in values}
 
 
 OURS = {

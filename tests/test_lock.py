@@ -235,7 +235,7 @@ def test_what_another_process_saved_until_then_is_what_the_run_goes_on_from(monk
         steps.append(command.state.step)
         last.write_bytes(newer)
         begin(command)
-        steps.append(command.trainer.loggers[0]._resumed_step)  # type: ignore[attr-defined]
+        steps.append(command.trainer.loggers[0]._kwargs["purge_step"] - 1)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(CLI, "begin", begin_late)
     lit_cifar.fit.main(["--resume", str(last), "--max_epochs", "2"])

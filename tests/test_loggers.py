@@ -29,7 +29,7 @@ import lit_cifar.test
 from lit_cifar import log
 from lit_cifar.cli.command import set_up
 from lit_cifar.data.datamodule import CIFAR10DataModule
-from lit_cifar.model.module import LitClassifier
+from lit_cifar.model.module import LitClassifier, named_for
 from lit_cifar.nets import Net
 from lit_cifar.run.chosen import WORDS
 from lit_cifar.run.folder import RUNS
@@ -248,6 +248,7 @@ def test_all_loggers_at_once_get_all_in_the_runs_folder_and_go_on_with_it(
     assert once(rows()) == after
     assert once(points()).keys() == after.keys()
     assert len(once(mlflow_points())) == len(after)
+    assert once([point for piece in RUN.glob("wandb/*/*.wandb") for point in wandb_points(piece)])
     assert "warning: the logger" not in capfd.readouterr().err
 
 
@@ -511,7 +512,23 @@ def test_a_word_for_a_logger_ends_in_the_line_that_works(word: str) -> None:
 def test_other_words_are_answered_with_the_choices() -> None:
     assert "false, CSVLogger, Wandb" in error_of(lit_cifar.fit.main, [*SHORT, "--trainer.logger", "NeptuneLogger"])
     message = error_of(lit_cifar.fit.main, [*SHORT, "--trainer.logger", "CSVLogger"])
-    assert message.endswith("required: save_dir: add --trainer.logger.save_dir . for the run's folder")
+    assert "required: save_dir: add --trainer.logger.save_dir . for the run's folder; in a list, Tensor" in message
+
+
+@pytest.mark.parametrize("listed", ["[true, CSVLogger]", "[{class_path: WandbLogger}, false]", "[true]"])
+def test_true_and_false_in_a_list_of_loggers_end_in_the_line_that_works(listed: str) -> None:
+    message = error_of(lit_cifar.fit.main, [*SHORT, "--trainer.logger", listed])
+    found = re.fullmatch(
+        r"--trainer.logger: (true|false) cannot stand beside others: in a list, TensorBoard is (.*)", message
+    )
+    assert found, message
+    set_up([*SHORT, "--trainer.logger", f"[{found[2]}]"], prog="fit", description="")
+
+
+@pytest.mark.parametrize(("listed", "word"), [("[null]", "None"), ("[3, Timer]", "3"), ("[true]", "True")])
+def test_what_is_no_class_in_a_list_is_named(listed: str, word: str) -> None:
+    message = error_of(lit_cifar.fit.main, [*SHORT, "--trainer.callbacks", listed])
+    assert message == f"--trainer.callbacks: there is no class {word}: name it as package.Class"
 
 
 def test_the_documents_list_of_loggers_parses() -> None:
@@ -556,10 +573,20 @@ def test_a_plain_trainer_logs_to_all_of_them(mlflow: Any) -> None:
     )
     module, data = LitClassifier(Net()), CIFAR10DataModule(dataset="shapes")
     trainer.fit(module, datamodule=data)
-    trainer.loggers.pop()  # in a folder MLflow cannot have both test/accuracy and test/accuracy/star
     trainer.test(module, datamodule=data, verbose=False)
+    (found,) = Path("ml").glob("*/*/metrics/p-test")
+    assert {"accuracy", "accuracy.star"} <= set(os.listdir(found))
     assert "test/accuracy" in (Path("csv") / RUNS / "version_0" / "metrics.csv").read_text()
     assert ("test/accuracy", 2) in once(points(Path("tb") / RUNS / "version_0"))
+
+
+def test_a_name_of_several_parts_is_a_file_in_one_folder_for_mlflow(mlflow: Any) -> None:
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    names = ["test/accuracy", "test/accuracy/cat/dog", "lr/a/b", "epoch"]
+    renamed = named_for(MLFlowLogger(save_dir="ml"), dict.fromkeys(names, 1.0))
+    assert list(renamed) == ["test/accuracy", "test/accuracy.cat.dog", "lr/a.b", "epoch"]
+    assert named_for(CSVLogger("csv"), {"val/accuracy/cat": 1.0}) == {"val/accuracy/cat": 1.0}, "as everywhere else"
 
 
 def test_a_sweeps_trials_have_loggers_of_their_own(tmp_path: Path) -> None:

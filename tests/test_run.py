@@ -20,7 +20,7 @@ import lit_cifar.test
 from lit_cifar import runs
 from lit_cifar.errors import UserError
 from lit_cifar.run.folder import IDENTITY, RUNS, Run, read_identity
-from lit_cifar.run.logger import RunLogger, scalars_at
+from lit_cifar.run.logger import RunLogger
 from lit_cifar.run.read import read_checkpoint
 from lit_cifar.run.save import Checkpoints
 from lit_cifar.run.write import DurableCheckpointIO
@@ -437,7 +437,7 @@ def test_events_that_cannot_be_written_do_not_end_a_run(run: Run, capfd: pytest.
         logger.finalize("success")
     (line,) = capfd.readouterr().err.splitlines()
     assert f"TensorBoard's events in {run.folder} cannot be written (File too large): the run goes on" in line
-    assert scalars_at(run.folder, 1) == {"train/loss": 1.0}
+    assert b"train/loss" in min(run.folder.glob("events.*")).read_bytes(), "what was written before is kept"
     assert not list(run.folder.glob(".*"))
 
 

@@ -11,13 +11,12 @@ from helpers import SHAPES, Run, followed
 from lightning.pytorch import Trainer
 
 import lit_cifar.fit
-from lit_cifar import log
+from lit_cifar import clock, log
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import DivergedError
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.nets import Net
 from lit_cifar.text import in_command
-from lit_cifar.training import speed
 from lit_cifar.training.progress import Progress
 from lit_cifar.training.speed import Pace, Speed
 from lit_cifar.training.watch import IN_A_ROW, Watch
@@ -114,14 +113,15 @@ def test_without_a_runs_folder_no_disk_is_watched_and_no_state_is_named(
 
 def test_a_speed_leaves_out_pauses_and_counts_each_wait_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now))
+    clock.reset()
     stopwatch = Speed()
     for now in (0.0, 10.0):  # two batches of 2 seconds, 8 seconds apart
-        stopwatch.resume()
-        stopwatch.resume()
+        clock.start("steps")
+        clock.start("steps")
         now += 2
         stopwatch.count()
-        stopwatch.pause()
+        clock.stop("steps")
     pace = stopwatch.read(waited_seconds=1.0)
     assert pace == Pace(num_batches=2, seconds=4.0, wait_seconds=1.0)
     assert pace.figures(batch_size=8, batches_per_step=3) == {

@@ -148,7 +148,7 @@ class Parser(LightningArgumentParser):
         reason, message = " ".join(gist(message).split()), " ".join(message.split())
         if found := re.match(r'[Pp]arser key "([^"]+)": ?(.*)', message):
             where = self._as_typed(found[1].rstrip("+"))
-            if found[1] == "trainer.logger" and reason != message:
+            if found[1] == "trainer.logger":
                 from lit_cifar.run.chosen import named_logger  # and TensorBoard, which many a command does without
 
                 reason = named_logger(reason)

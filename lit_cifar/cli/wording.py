@@ -43,6 +43,8 @@ def gist(message: str) -> str:
     _, *items = re.split(r"\n\s*- ", re.split(r"\n\s*Given value type:", message)[0])
     told = [" ".join(item.split()) for item in items if not re.match(EVERY_TYPES, item)]
     told.sort(key=lambda item: bool(re.match(OTHER_TYPES, item)))
+    if found := re.search(r"Not a valid subclass of \w+\. Got value: (True|False|None|[-\d.]+)\s", message):
+        told = told or [f"Expected a dot import path string: {found[1]}"]  # in a list
     if not told:
         return message
     reason = re.sub(r"^Problem with given class_path '(.*?)': ", r"\1: ", told[0])

@@ -4,10 +4,12 @@ checkpoints say in saved.py, the net without the Trainer in classifier.py; layer
 B images in a batch, K classes. Images are (B, 3, 32, 32), uint8 0..255 or floats, until LitClassifier.forward.
 """
 
+import re
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import MLFlowLogger
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -349,7 +351,7 @@ class LitClassifier(SavedModule):
         # every rank has the same values: max is exact where Lightning's mean over ranks would round
         self.log_dict(dict(zip(scalars, values.unbind(), strict=True)), logger=False, sync_dist=True, reduce_fx="max")
         for logger in self.loggers:
-            logger.log_metrics(scalars, step=self.trainer.global_step)
+            logger.log_metrics(named_for(logger, scalars), step=self.trainer.global_step)
         self._returned = getattr(getattr(self.trainer, "_evaluation_loop", None), "_logged_outputs", [])
 
     def _return(self, *stages: str) -> None:
@@ -365,6 +367,13 @@ class LitClassifier(SavedModule):
     def _scalars(self, stage: str) -> dict[str, float]:
         prefix = "test_without_tta" if stage == "plain" else stage
         return {f"{prefix}/{name}": value for name, value in self.reports[stage].scalars().items()}
+
+
+def named_for(logger: Any, scalars: dict[str, float]) -> dict[str, float]:
+    """Values by the names that a logger takes: MLflow's folders cannot have both a file and a folder val/accuracy."""
+    if isinstance(logger, MLFlowLogger):
+        return {re.sub("(?<=/)(.*?)/", r"\1.", name): value for name, value in scalars.items()}
+    return scalars
 
 
 def _stage(trainer: Any) -> str:

@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveragin
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import SWALR
 
-from lit_cifar import log
 from lit_cifar.errors import UserError
 from lit_cifar.run.write import plain
 
@@ -32,23 +31,19 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer, module: LightningM
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     try:
-        fit_loop = checkpoint["loops"]["fit_loop"]
-        loops = {**_common(trainer.fit_loop.state_dict(), fit_loop), "state_dict": {"combined_loader": [POSITION]}}
-        wrong = first_mismatch(fit_loop, loops, "loops.fit_loop") or _wrong_in_optimizer(checkpoint, callbacks, module)
-        scaler = trainer.precision_plugin.state_dict()
-        for name in (type(trainer.precision_plugin).__qualname__, "native_amp_scaling_state"):
-            if scaler and name in checkpoint:
-                wrong = wrong or first_mismatch(checkpoint[name], scaler, name)
-        for callback in callbacks:
-            wrong = wrong or _wrong_in_callback(checkpoint, callback, module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is made and tried here
+            fit_loop, scaler = checkpoint["loops"]["fit_loop"], trainer.precision_plugin.state_dict()
+            loops = {**_common(trainer.fit_loop.state_dict(), fit_loop), "state_dict": {"combined_loader": [POSITION]}}
+            wrong = first_mismatch(fit_loop, loops, "loops.fit_loop")
+            wrong = wrong or _wrong_in_optimizer(checkpoint, callbacks, module)
+            for name in (type(trainer.precision_plugin).__qualname__, "native_amp_scaling_state"):
+                if scaler and name in checkpoint:
+                    wrong = wrong or first_mismatch(checkpoint[name], scaler, name)
+            for callback in callbacks:
+                wrong = wrong or _wrong_in_callback(checkpoint, callback, module)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         wrong = f"its structure ({type(error).__name__})"
-    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] if not wrong else 0
-    if any(map(_averages, callbacks)) and trainer.max_epochs and done >= trainer.max_epochs and log.rank() == 0:
-        log.warn(
-            "StochasticWeightAveraging has a last pass for BatchNorm, in which Lightning cannot resume exactly: the "
-            "run may end with other weights than one that was not stopped"
-        )
     if wrong:
         raise UserError(
             f"--resume: the checkpoint's state of the training is spoilt, or another version's or another kind of "
@@ -66,45 +61,39 @@ def _wrong_in_optimizer(checkpoint: dict[str, Any], callbacks: list[Callback], m
     if not getattr(module, "has_own_optimizer", True):
         return None  # a subclass makes it, of whatever it likes
     configured: Any = module.configure_optimizers()
-    optimizer, schedule = configured, None
+    kinds: list[Any] = []  # of schedulers whose states may stand there
+    optimizer = configured
     if isinstance(configured, dict):
-        optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+        optimizer, kinds = configured["optimizer"], [configured["lr_scheduler"]["scheduler"]]
     (state,) = states
-    own_groups = optimizer.state_dict()["param_groups"]
     wrong = None
-    for own, group in zip(own_groups, state["param_groups"], strict=True):
+    for own, group in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True):
         # callbacks leave numbers of theirs in a group, such as the rate that weight averaging ends with
         known = {key: value for key, value in group.items() if key in own or not isinstance(value, (int, float, str))}
         own = {key: float(value) if type(value) is int else value for key, value in own.items()}  # lr=1 was meant so
         wrong = wrong or first_mismatch(known, _common(own, group), "param_groups")
         for key in {"dampening", "maximize", "differentiable", "foreach"} & own.keys() & group.keys():
             wrong = wrong or (None if group[key] == own[key] else f"param_groups.{key}")  # no settings of ours
-    kinds = [LambdaLR(optimizer, lambda step: 1.0).state_dict()]
     averages = [checkpoint["callbacks"].get(callback.state_key) for callback in callbacks if _averages(callback)]
+    kinds.append(LambdaLR(optimizer, lambda step: 1.0))
     if averages:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # which the callback puts in the place of our own
-            kinds.append(plain(SWALR(optimizer, swa_lr=0.1).state_dict()))
+        kinds.append(SWALR(optimizer, swa_lr=0.1))  # which the callback puts in the place of our own
     schedulers = [*schedulers, *(state["scheduler_state"] for state in averages if state and state["scheduler_state"])]
     for found in schedulers:
-        misfits = [first_mismatch(found, kind, "lr_schedulers") for kind in kinds]
-        if all(misfits) and not (getattr(module, "_scheduler", None) and _goes_on(schedule, found)):
-            wrong = wrong or misfits[0]
+        if not any(_goes_on(kind, found) for kind in kinds):
+            wrong = wrong or "lr_schedulers"
     return wrong or _wrong_in_steps(optimizer, state)
 
 
 def _goes_on(schedule: Any, state: dict[str, Any]) -> bool:
-    """Whether a scheduler of the user's, which is spent by that, takes a state and goes on."""
+    """Whether a scheduler, which is spent by that, takes a state and goes on."""
     try:
-        if schedule.state_dict().keys() != state.keys():
+        if plain(schedule.state_dict()).keys() != state.keys():
             return False
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            schedule.load_state_dict(copy.deepcopy(state))
-            for group in schedule.optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])
-            schedule.step(*([0.0] if isinstance(schedule, ReduceLROnPlateau) else []))
+        schedule.load_state_dict(copy.deepcopy(state))
+        for group in schedule.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        schedule.step(*([0.0] if isinstance(schedule, ReduceLROnPlateau) else []))
     except ValueError as error:
         return "total steps" in str(error)  # at its end
     except Exception:  # anything, of a state that is not its own
@@ -151,9 +140,7 @@ def _wrong_in_callback(checkpoint: dict[str, Any], callback: Callback, module: L
     if _averages(callback) and (wrong := first_mismatch(state["average_model_state"], weights, where)):
         return wrong
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            copy.copy(callback).load_state_dict(copy.deepcopy(state))
+        copy.copy(callback).load_state_dict(copy.deepcopy(state))
     except Exception as error:  # anything, of a state that is not its own
         return f"{where} ({type(error).__name__})"
     own = callback.state_dict()

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_cifar import log
 from lit_cifar.errors import UserError
-from lit_cifar.files import read_whole, write_durably, writing
+from lit_cifar.files import read_json, write_durably, writing
 from lit_cifar.run.folder import RUNS, Run
 from lit_cifar.run.logger import RunLogger
 from lit_cifar.text import printable
@@ -35,8 +35,8 @@ ENVIRONMENT = {"MLFLOW_ALLOW_FILE_STORE": "true", "WANDB_X_TRANSACTION_LOG_FLUSH
 # what people call a logger, and what follows --trainer.logger
 WORDS = {"csv": "CSVLogger --trainer.logger.save_dir .", "wandb": "WandbLogger", "mlflow": "MLFlowLogger"}
 WORDS |= {"comet": "CometLogger", "tensorboard": "true", "none": "false", "no": "false", "off": "false"}
+IN_LIST = "in a list, TensorBoard is {class_path: TensorBoardLogger, init_args: {save_dir: .}}"
 CHOICES = "choose true (TensorBoard), false, CSVLogger, WandbLogger, MLFlowLogger or CometLogger"
-Points = dict[tuple[str, int], float]  # value by tag and step
 
 
 class _Rows(ExperimentWriter):
@@ -50,15 +50,11 @@ class _Rows(ExperimentWriter):
     def __init__(self, folder: str, resumed_step: int | None) -> None:
         self.resumed_step = resumed_step
         super().__init__(folder)
-        self.known: Points = {}  # of the resumed step
         if resumed_step is None or not os.path.isfile(self.metrics_file_path):
             return
         rows = [row for row in self._read() if row.get("step", "").isdecimal() and int(row["step"]) <= resumed_step]
         self.metrics_keys = sorted({key for row in rows for key in row})
         self._write(rows, self.metrics_keys)
-        for row in rows:
-            if int(row["step"]) == resumed_step:
-                self.known |= {(key, resumed_step): float(text) for key, text in row.items() if text and key != "step"}
 
     def _check_log_dir_exists(self) -> None:
         if self.resumed_step is None and os.path.isfile(self.metrics_file_path):
@@ -105,10 +101,12 @@ def attempt(logger: Logger, call: Callable[..., Any], *args: Any, **settings: An
 def named_logger(reason: str) -> str:
     """Why --trainer.logger was refused, with what would do."""
     if reason.endswith("required: save_dir"):
-        return f"{reason}: add --trainer.logger.save_dir . for the run's folder"
+        return f"{reason}: add --trainer.logger.save_dir . for the run's folder; {IN_LIST}"
     reason, _, word = re.sub(r"^(there is no class (\S*?)): .*", r"\1\n\2", reason).partition("\n")
     if not word:
         return reason
+    if word in ("True", "False"):
+        return f"{word.lower()} cannot stand beside others: {IN_LIST}"
     known = WORDS.get(word.lower().removesuffix("logger"))
     return f"{reason}: " + (f"use --trainer.logger {known}" if known else f"name it as package.Class, or {CHOICES}")
 
@@ -126,11 +124,11 @@ def make_loggers(chosen: Any, run: Run, resumed_step: int | None) -> list[Logger
     Raises:
         UserError: a logger cannot be made.
     """
-    if chosen in (None, True):
-        return [RunLogger(run, resumed_step)]
-    chosen = chosen if isinstance(chosen, list) else [chosen] if chosen else []
+    chosen = chosen if isinstance(chosen, list) else [] if chosen is False else [chosen]
     if log.rank():
         return [DummyLogger() for _ in chosen]
+    if chosen in ([None], [True]):
+        return [RunLogger(run, resumed_step)]
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     before = _begun(run) if resumed_step is not None else {}
@@ -191,10 +189,10 @@ def _make(
     for name in CALLED:
         if callable(method := getattr(logger, name, None)):
             setattr(logger, name, functools.partial(attempt, logger, method))
-    known = {} if resumed_step is None else _known(logger, experiment, resumed_step)
-    is_mlflow = hasattr(experiment, "get_metric_history")
-    if known or is_mlflow:
-        logger.log_metrics = functools.partial(_log_new, logger.log_metrics, known, is_mlflow)
+    if resumed_step is not None:
+        done = resumed_step if run.tested_step == resumed_step else None  # only the test is left, as logged
+        known = _known(logger, experiment, resumed_step)
+        logger.log_metrics = functools.partial(_log_new, logger.log_metrics, done, known)
     logger.is_resumed = resumed_step is not None
     version = logger.version
     return logger, version if isinstance(version, (str, int)) else None
@@ -224,40 +222,32 @@ def _place(class_path: str, given: Namespace, run: Run, number: int) -> None:
 
 
 def _begun(run: Run) -> dict[str, list[Any]]:
-    """By class, under what its loggers in the run have begun."""
-    try:
-        begun = json.loads(read_whole(run.loggers))
-        named = {name: [_named(identity) for identity in identities] for name, identities in begun.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    """By class, under what its loggers in the run have begun; no path to elsewhere."""
+    begun = {name: identities for name, identities in read_json(run.loggers).items() if isinstance(identities, list)}
+    return {name: [one if _is_name(one) else None for one in identities] for name, identities in begun.items()}
+
+
+def _is_name(identity: Any) -> bool:
+    return isinstance(identity, (str, int)) and ".." not in str(identity) and not os.path.isabs(str(identity))
+
+
+def _known(logger: Any, experiment: Any, resumed_step: int) -> dict[tuple[str, int], float]:
+    """By tag and step, what MLflow, which cannot forget, has of the resumed step and of later ones."""
+    if not isinstance(logger, MLFlowLogger):
         return {}
-    return named
-
-
-def _named(identity: Any) -> str | int | None:
-    """What a file says that a logger has begun under; no path to elsewhere."""
-    is_name = isinstance(identity, int) or (isinstance(identity, str) and ".." not in identity)
-    return identity if is_name and not os.path.isabs(str(identity)) else None
-
-
-def _known(logger: Any, experiment: Any, resumed_step: int) -> Points:
-    """What a resumed logger has of the step that the run goes on from and, if it cannot forget, of later ones."""
-    known: Points = {}
-    if isinstance(experiment, _Rows):
-        known = experiment.known
-    elif history := getattr(experiment, "get_metric_history", None):  # MLflow
-        names = experiment.get_run(logger.run_id).data.metrics
-        points = [point for name in names for point in history(logger.run_id, name) if point.step >= resumed_step]
-        known = {(point.key, point.step): point.value for point in points}
-    prefix = f"{getattr(logger, '_prefix', '')}-"
-    return {(name.removeprefix(prefix), step): value for (name, step), value in known.items()}
+    names, history = experiment.get_run(logger.run_id).data.metrics, experiment.get_metric_history
+    points = [point for name in names for point in history(logger.run_id, name) if point.step >= resumed_step]
+    return {(point.key.removeprefix(f"{logger._prefix}-"), point.step): point.value for point in points}
 
 
 def _log_new(
-    log_metrics: Callable[..., Any], known: Points, is_mlflow: bool, metrics: Mapping[str, Any], step: int = 0
+    log_metrics: Callable[..., Any],
+    done: int | None,
+    known: Mapping[tuple[str, int], float],
+    metrics: Mapping[str, Any],
+    step: int = 0,
 ) -> None:
-    """Logs what is not logged already: a test that was killed after it had logged, or that is repeated."""
-    if is_mlflow:  # a folder of its own cannot hold both val/accuracy and val/accuracy/cat
-        metrics = {re.sub("(?<=/)(.*?)/", r"\1.", name): value for name, value in metrics.items()}
-    new = {name: value for name, value in metrics.items() if known.get((name, step)) != value}
+    """Logs what is not logged already: nothing of a step that is `done`, nor what is `known`."""
+    new = {name: value for name, value in metrics.items() if step != done and known.get((name, step)) != value}
     if new:
         log_metrics(new, step)

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 from lit_cifar.errors import UserError
-from lit_cifar.files import move, read_whole, write_durably
+from lit_cifar.files import move, read_json, write_durably
 from lit_cifar.run.lock import FolderLock, is_locked
 
 RUNS = Path("lightning_logs")
@@ -144,6 +144,12 @@ class Run:
     def results(self) -> Path:
         return self.folder / RESULTS
 
+    @property
+    def tested_step(self) -> int | None:
+        """Steps of the state that `results` are of; None where there are none."""
+        num_steps = read_json(self.results).get("num_steps")
+        return num_steps if type(num_steps) is int else None
+
     def set_results_aside(self) -> None:
         """Before a newer state is saved: the results of before become `results-N.json`, with N steps.
 
@@ -152,10 +158,7 @@ class Run:
         """
         if not self.results.is_file():
             return
-        try:
-            num_steps = int(json.loads(read_whole(self.results))["num_steps"])
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            num_steps = 0
+        num_steps = self.tested_step or 0
         aside, number = self.folder / f"results-{num_steps}.json", 1
         while os.path.lexists(aside):
             number += 1
@@ -179,10 +182,7 @@ class Run:
 
 def read_identity(folder: Path) -> str | None:
     """The identity of the run whose folder this is; None where there is none."""
-    try:
-        identity = json.loads(read_whole(folder / IDENTITY))["identity"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
+    identity = read_json(folder / IDENTITY).get("identity")
     return identity if isinstance(identity, str) else None
 
 

@@ -22,7 +22,7 @@ class RunLogger(TensorBoardLogger):
     """TensorBoard's events in the folder of a run.
 
     Args:
-        run: the run, which has a folder as soon as the first event is written.
+        run: the run, with a folder.
         resumed_step: the step that a resumed run goes on from; TensorBoard forgets what was written for later ones.
         place: another folder than the run's.
         prefix: of each tag.
@@ -34,11 +34,10 @@ class RunLogger(TensorBoardLogger):
     ) -> None:
         if resumed_step is not None:
             settings["purge_step"] = resumed_step + 1
-        super().__init__("", "", default_hp_metric=False, prefix=prefix, **settings)
-        self._run = run
-        self._place = place
-        self._resumed_step = resumed_step
-        self.is_resumed = resumed_step is not None and any(Path(self.log_dir).glob("events.out.tfevents.*"))
+        place = place or run.folder
+        super().__init__(place.parent, "", place.name, default_hp_metric=False, prefix=prefix, **settings)
+        self._done = resumed_step if run.tested_step == resumed_step else None  # only the test is left, as logged
+        self.is_resumed = resumed_step is not None and any(place.glob("events.out.tfevents.*"))
 
     @property
     @rank_zero_experiment
@@ -46,25 +45,6 @@ class RunLogger(TensorBoardLogger):
         if self._experiment is None:
             self._experiment = _Writer(self.log_dir, **self._kwargs)
         return self._experiment
-
-    # On other ranks than the first the run has no folder yet when Lightning first asks; there they write nothing.
-
-    @property
-    def log_dir(self) -> str:
-        return str(self._place or self._run.folder) if self._run.is_claimed else ""
-
-    @property
-    def root_dir(self) -> str:
-        return self.save_dir
-
-    @property
-    def save_dir(self) -> str:
-        """With `name`, which is empty, and `version` this is the run's folder, where Lightning puts them together."""
-        return os.path.dirname(self.log_dir)
-
-    @property
-    def version(self) -> str:
-        return os.path.basename(self.log_dir)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -74,11 +54,7 @@ class RunLogger(TensorBoardLogger):
             return
         prefix = f"{self._prefix}-" if self._prefix else ""
         values = [Summary.Value(tag=prefix + name, simple_value=float(value)) for name, value in metrics.items()]
-        if step is not None and step == self._resumed_step:
-            # nothing is left to train: a test that was killed after it had logged, or that is repeated
-            written = scalars_at(Path(self.log_dir), step)
-            values = [value for value in values if written.get(value.tag) != value.simple_value]
-        if values:
+        if step is None or step != self._done:
             self.experiment._get_file_writer().add_summary(Summary(value=values), step)
 
     @rank_zero_only
@@ -111,7 +87,7 @@ class _Writer(SummaryWriter):
             probe.write_bytes(bytes(4096))  # more than the file begins with
         except OSError as error:
             self.lose(error)
-            nowhere: Any = _NoEvents()
+            nowhere: Any = _Guarded(None, self.lose)
             self.file_writer, self.all_writers = nowhere, {self.log_dir: nowhere}  # type: ignore[assignment]
             return nowhere
         finally:
@@ -124,7 +100,7 @@ class _Writer(SummaryWriter):
 
 
 class _Guarded:
-    """A file of events, dropped at its first error."""
+    """A file of events, dropped at its first error; without a file whatever is called does nothing."""
 
     def __init__(self, file: Any, lose: Callable[[Exception], None]) -> None:
         self._file, self._lose = file, lose
@@ -132,32 +108,10 @@ class _Guarded:
     def __getattr__(self, name: str) -> Any:
         return functools.partial(self._do, name)
 
-    def _do(self, name: str, *args: Any) -> None:
+    def _do(self, name: str, *args: Any, **settings: Any) -> None:
         if self._file is not None:
             try:
-                getattr(self._file, name)(*args)
+                getattr(self._file, name)(*args, **settings)
             except Exception as error:  # TensorFlow's files, which are used where there is one, raise their own
                 self._file = None
                 self._lose(error)
-
-
-class _NoEvents:
-    """A writer of events that writes none."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: None
-
-
-def scalars_at(run: Path, step: int) -> dict[str, float]:
-    """What TensorBoard shows of a run at a step, by tag."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import SessionLog
-
-    found: dict[str, float] = {}
-    for path in sorted(run.glob("events.out.tfevents.*")):  # in TensorBoard's own order
-        for event in LegacyEventFileLoader(str(path)).Load():
-            if event.session_log.status == SessionLog.START and event.step <= step:
-                found.clear()  # forgotten by a resumed run, from the event's step on
-            if event.step == step:
-                found |= {value.tag: value.simple_value for value in event.summary.value}
-    return found

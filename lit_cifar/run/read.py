@@ -176,68 +176,38 @@ def _check_pickle(data: bytes) -> None:
 
 
 def _is_ours(checkpoint: Any) -> bool:
-    if not isinstance(checkpoint, dict) or not {"state_dict", "lit_cifar"} <= checkpoint.keys():
-        return False
-    weights, ours = checkpoint["state_dict"], checkpoint["lit_cifar"]
-    if not (
-        isinstance(weights, dict)
-        and isinstance(ours, dict)
-        and first_mismatch(checkpoint.get("global_step"), 0) is None
-    ):
-        return False
-    if not all(isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in weights.items()):
-        return False
-    classes, config = ours.get("classes", []), ours.get("config") or {}
-    running = checkpoint.get("running_loss", {})
-    return (
-        isinstance(classes, list)
-        and all(isinstance(name, str) for name in classes)
-        and isinstance(config, dict)
-        and all(isinstance(config.get(section, {}), dict) for section in ("model", "data", "trainer", "checkpoint"))
-        and is_plain(ours)
-        and is_plain(checkpoint, (torch.Tensor, tuple))
-        and _is_version(checkpoint.get("pytorch-lightning_version"))
-        and _are_states_of_callbacks(checkpoint.get("callbacks", {}))
-        and isinstance(running, dict)
-        and first_mismatch({**RUNNING_LOSS, **running}, RUNNING_LOSS) is None  # version 0.1.0 counted less
-    )
-
-
-def _is_version(value: Any) -> bool:
-    """Whether it is one of Lightning's from 2 on; there are no checkpoints of ours of an earlier one."""
+    """Whether all that is read of a checkpoint, here and elsewhere, is of the right types."""
     try:
-        return Version(value) >= Version("2")
-    except (TypeError, ValueError):
+        ours, states = checkpoint["lit_cifar"], checkpoint.get("callbacks", {})
+        config, running = ours.get("config") or {}, checkpoint.get("running_loss", {})
+        chosen = states.get("Checkpoints", {"random_states": []})
+        weights, classes = checkpoint["state_dict"], ours.get("classes", [])
+        return (
+            first_mismatch(checkpoint["global_step"], 0) is None
+            and all(isinstance(name, str) and isinstance(one, torch.Tensor) for name, one in weights.items())
+            and isinstance(classes, list)
+            and all(isinstance(name, str) for name in classes)
+            and all(isinstance(config.get(section, {}), dict) for section in ("model", "data", "trainer", "checkpoint"))
+            and is_plain(ours)
+            and is_plain(checkpoint, (torch.Tensor, tuple))
+            and Version(checkpoint["pytorch-lightning_version"]) >= Version("2")  # there are none of ours of version 1
+            and first_mismatch({**RUNNING_LOSS, **running}, RUNNING_LOSS) is None  # version 0.1.0 counted less
+            and all(isinstance(state, dict) for state in states.values())
+            and isinstance(chosen.get("best_score"), (float, type(None)))
+            and (chosen.get("best_step") is None or first_mismatch(chosen["best_step"], 0) is None)
+            and isinstance(chosen.get("run"), (str, type(None)))
+            and isinstance(chosen["random_states"], list)
+            and all(map(_is_random_state, chosen["random_states"]))
+        )
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return False
-
-
-def _are_states_of_callbacks(states: Any) -> bool:
-    if not (isinstance(states, dict) and all(isinstance(state, dict) for state in states.values())):
-        return False
-    ours = states.get("Checkpoints")
-    if ours is None:
-        return True
-    best_score, best_step, random_states = (ours.get(key) for key in ("best_score", "best_step", "random_states"))
-    return (
-        isinstance(best_score, (float, type(None)))
-        and (best_step is None or first_mismatch(best_step, 0) is None)
-        and isinstance(ours.get("run"), (str, type(None)))
-        and isinstance(random_states, list)
-        and all(_is_random_state(state) for state in random_states)
-    )
 
 
 def _is_random_state(state: Any) -> bool:
-    """Whether `set_random_state` takes it, on any machine."""
-    if not isinstance(state, dict):
-        return False
-    try:
-        torch.Generator().set_state(state["cpu"])
-    except (TypeError, KeyError, RuntimeError):
-        return False
+    """Whether `set_random_state` takes it, on any machine; raises what torch does where it is not the CPU's."""
+    torch.Generator().set_state(state["cpu"])
     mps = state.get("mps", GPU_RANDOM_STATE)  # whose length is a matter of torch's version
-    if not (isinstance(mps, torch.Tensor) and mps.ndim == 1 and mps.dtype == torch.uint8):
-        return False
     gpu = state.get("cuda", GPU_RANDOM_STATE)
     # CUDA's is a seed and an offset of 8 bytes each, and the offset a multiple of 4
-    return first_mismatch(gpu, GPU_RANDOM_STATE) is None and gpu.dtype == torch.uint8 and int(gpu[8]) % 4 == 0
+    is_gpus = first_mismatch(gpu, GPU_RANDOM_STATE) is None and gpu.dtype == torch.uint8 and int(gpu[8]) % 4 == 0
+    return is_gpus and isinstance(mps, torch.Tensor) and mps.ndim == 1 and mps.dtype == torch.uint8

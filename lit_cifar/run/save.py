@@ -12,14 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    Callback,
-    Checkpoint,
-    ModelCheckpoint,
-    ModelPruning,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
@@ -29,7 +22,7 @@ from lit_cifar.files import write_durably, writing
 from lit_cifar.run.folder import Run
 from lit_cifar.run.read import read_checkpoint
 from lit_cifar.run.stop import STOP_SIGNALS, Agreement, Stopped
-from lit_cifar.run.write import get_random_state, keep, restore_masks, set_random_state, way_out
+from lit_cifar.run.write import get_random_state, keep, restore_callbacks, set_random_state, way_out
 
 OWN_NAME = re.compile(r"(last|best|final)(-\d+)?\.ckpt")  # of files that Checkpoints writes
 
@@ -139,19 +132,7 @@ class Checkpoints(Checkpoint):
                         unfinished.unlink()
             if self.best_score is not None and not self.has_best(trainer):
                 self.best_score = self.best_step = None
-        if trainer.fit_loop.restarted_mid_epoch:  # whose start Lightning does not announce again
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, StochasticWeightAveraging):
-                    callback.on_train_epoch_start(trainer, pl_module)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ModelPruning) and trainer.current_epoch:
-                restore_masks(callback)
-            if isinstance(callback, BaseFinetuning) and trainer.global_step:
-                # it froze what it begins with; what is trained by now is in the optimiser's groups
-                groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
-                trained = {weight for weights in groups for weight in weights}
-                leaves = [module for module in pl_module.modules() if trained.intersection(module._parameters.values())]
-                callback.make_trainable(leaves)
+        restore_callbacks(trainer, pl_module)
         self._agreement = Agreement()
         self._saved_at = time.monotonic()
         self._saved_step = self._seen_step = trainer.global_step
@@ -252,35 +233,28 @@ class Checkpoints(Checkpoint):
 
         It may be of another run, or of states that were given up for an earlier one.
         """
-        _wait_for_saves(trainer)
-        return bool(trainer.strategy.broadcast(trainer.is_global_zero and self._is_best_ours()))
-
-    def _is_best_ours(self) -> bool:
         assert self.run is not None
-        path = self.run.checkpoint("best")
-        if self.best_score is None or not path.exists():
-            return False
-        try:
-            best = read_checkpoint(path)
-        except UserError as error:
-            log.warn(f"{error}: passed over")
-            return False
-        steps = {self.best_step, best.step} - {None}  # version 0.1.0 did not note the step
-        if best.identity == self.run.identity and best.chosen.get("best_score") == self.best_score and len(steps) == 1:
-            return True
-        log.warn(f"{path} is not the best of the states that this run goes on from: the best is chosen anew")
-        return False
+        _wait_for_saves(trainer)
+        path, is_ours = self.run.checkpoint("best"), False
+        if trainer.is_global_zero and self.best_score is not None and path.exists():
+            is_ours = self._is_ours("best", self.best_step, self.best_score)
+            if not is_ours:
+                log.warn(f"{path} is not the best of the states that this run goes on from: the best is chosen anew")
+        return bool(trainer.strategy.broadcast(is_ours))
 
     def has_final(self, trainer: Trainer) -> bool:
         """Whether final.ckpt is there and of this run's last step; ask on all ranks."""
+        return bool(trainer.strategy.broadcast(trainer.is_global_zero and self._is_ours("final", trainer.global_step)))
+
+    def _is_ours(self, name: str, step: int | None, score: float | None = None) -> bool:
+        """Whether a state is there, whole, of this run, and of a step and with a best score, where these are known."""
         assert self.run is not None
-        ours = False
-        path = self.run.checkpoint("final")
-        if trainer.is_global_zero and path.exists():
-            with contextlib.suppress(UserError):
-                state = read_checkpoint(path)
-                ours = (state.identity, state.step) == (self.run.identity, trainer.global_step)
-        return bool(trainer.strategy.broadcast(ours))
+        try:
+            state = read_checkpoint(self.run.checkpoint(name))
+        except UserError:
+            return False
+        fits = step in (None, state.step) and score in (None, state.chosen.get("best_score"))
+        return fits and state.identity == self.run.identity
 
     @calls_chosen("when a state was saved")
     def _save(self, trainer: Trainer, name: str) -> None:
@@ -305,14 +279,13 @@ class Checkpoints(Checkpoint):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, get_random_state())
-        best = {"best_score": self.best_score, "best_step": self.best_step}
-        seconds: list[dict[str, float]] = []  # of the run's pieces, this one up to now
+        content: dict[str, Any] = {"best_score": self.best_score, "best_step": self.best_step, "stopped": self.stopped}
+        content |= {"random_states": states, "run": None, "seconds": []}
         if self.run is not None:
             now = time.perf_counter()
             piece = {"fit": now - self._fit_started, "total": now - self.run.started, **clock.seconds()}
-            seconds = [*self.run.earlier, piece]
-        best |= {"stopped": self.stopped}
-        return {"run": self.run.identity if self.run else None, **best, "random_states": states, "seconds": seconds}
+            content |= {"run": self.run.identity, "seconds": [*self.run.earlier, piece]}  # this one up to now
+        return content
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score, self._random_states = state_dict["best_score"], state_dict["random_states"]

@@ -1,5 +1,5 @@
-"""Writes a state as a file, whole or not at all, and keeps the states before it; the random state and what
-was pruned, which belong to it. save.py says when, read.py reads it."""
+"""Writes a state as a file, whole or not at all, and keeps the states before it; restores what is no weight: the random
+state, what callbacks had done. save.py says when, read.py reads it."""
 
 import contextlib
 import os
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
 from torch import Tensor
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -23,36 +24,17 @@ from lit_cifar.files import move, replaced
 
 
 class _Pickler(pickle.Pickler):
-    """Has all tensors of a GPU copied, and then waits once; torch.save would wait for each. In the file they are the
-    CPU's."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._copies: dict[int, Tensor] = {}  # of whole storages, which several tensors may share
-        self._devices: set[torch.device] = set()
+    """Writes tensors of a GPU as the CPU's, and waits for all their copies at once; torch.save would wait for each."""
 
     def reducer_override(self, value: Any) -> Any:
-        if not _is_on_gpu(value):
-            return NotImplemented
-        storage = value.untyped_storage()
-        if storage._cdata not in self._copies:
-            whole = value.detach().as_strided((storage.nbytes() // value.element_size(),), (1,), 0)
-            self._copies[storage._cdata] = whole.to("cpu", non_blocking=True)  # into pinned memory
-            self._devices.add(value.device)
-        copied = self._copies[storage._cdata].as_strided(value.shape, value.stride(), value.storage_offset())
-        return copied.requires_grad_(value.requires_grad).__reduce_ex__(2)
+        if not isinstance(value, Tensor) or value.device.type != "cuda" or is_traceable_wrapper_subclass(value):
+            return NotImplemented  # a subclass brings the tensors that it is made of
+        return value.detach().to("cpu", non_blocking=True).__reduce_ex__(2)
 
     def dump(self, checkpoint: Any) -> None:
         super().dump(checkpoint)
-        for device in self._devices:
-            torch.cuda.synchronize(device)  # torch.save writes what the tensors hold only after this
-
-
-def _is_on_gpu(value: Any) -> bool:
-    """Whether a value is a tensor as such; parameters and other classes bring those that they are made of."""
-    if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter) or is_traceable_wrapper_subclass(value):
-        return False
-    return value.device.type == "cuda" and value.layout == torch.strided
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # torch.save writes what the tensors hold only after this
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -125,7 +107,22 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.mps.set_rng_state(state["mps"])
 
 
-def restore_masks(callback: ModelPruning) -> None:
+def restore_callbacks(trainer: Trainer, module: LightningModule) -> None:
+    """Brings Lightning's own callbacks to where they were when the state was saved that a run goes on from."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging) and trainer.fit_loop.restarted_mid_epoch:
+            callback.on_train_epoch_start(trainer, module)  # which Lightning does not announce again
+        if isinstance(callback, ModelPruning) and trainer.current_epoch:
+            _restore_masks(callback)
+        if isinstance(callback, BaseFinetuning) and trainer.global_step:
+            # it froze what it begins with; what is trained by now is in the optimiser's groups
+            groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+            trained = {weight for weights in groups for weight in weights}
+            leaves = [part for part in module.modules() if trained.intersection(part._parameters.values())]
+            callback.make_trainable(leaves)
+
+
+def _restore_masks(callback: ModelPruning) -> None:
     """Keeps zero what was pruned before a state was saved, which holds no masks."""
     masks = [getattr(module, name) != 0 for module, name in callback._parameters_to_prune]
     if all(mask.all() for mask in masks):

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_cifar import clock
 from lit_cifar.errors import DivergedError, calls_chosen
 from lit_cifar.model.data import data_of
-from lit_cifar.model.module import LitClassifier
+from lit_cifar.model.module import LitClassifier, named_for
 from lit_cifar.model.ranges import PositiveInt, checked
 from lit_cifar.results.report import peak_memory
 from lit_cifar.run.folder import Run
@@ -50,12 +50,6 @@ class Progress(Callback):
         self._logged = [0.0, 0]  # sum and count since the last time, summed over ranks, in float64
         self._printed = [0.0, 0]
         self._of_epoch = [0.0, 0]
-        self._logged_step = 0
-        self._metrics: dict[str, Tensor] = {}  # trainer.callback_metrics
-        self._shares = False  # whether a callback watches the loss of each step, which has a part on each rank
-        self._speeds = {"logged": Speed(), "printed": Speed()}
-        self._rates: list[float] = []  # of the parameter groups in the newest step; after it the scheduler moves them
-        self._watch = Watch()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_every = int(trainer.log_every_n_steps) or self.every_n_steps  # type: ignore[attr-defined]
@@ -63,8 +57,10 @@ class Progress(Callback):
         self._logged_step = trainer.global_step
         self._speeds = {"logged": Speed(), "printed": Speed()}
         self._watch = Watch()
-        self._metrics, self._rates = trainer.callback_metrics, _rates(trainer)
+        self._metrics: dict[str, Tensor] = trainer.callback_metrics
+        self._rates = _rates(trainer)  # of the newest step; after it the scheduler moves them
         watched = {getattr(callback, "monitor", None) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        # whether a callback watches the loss of each step, which has a part on each rank
         self._shares = trainer.world_size > 1 and "train/loss" in watched
         self._publish(named_rates(trainer, self._rates))
         if trainer.is_global_zero:
@@ -86,23 +82,12 @@ class Progress(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         clock.start("steps")
-        for speed in self._speeds.values():
-            speed.resume()
         self._rates = _rates(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause(trainer)
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause(trainer)
-
-    def _pause(self, trainer: Trainer) -> None:
         clock.stop("steps", trainer.strategy.root_device)
-        for speed in self._speeds.values():
-            speed.pause()
+
+    on_validation_start = on_train_end = on_train_epoch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitClassifier)
@@ -198,7 +183,7 @@ class Progress(Callback):
             if num_bytes is not None:
                 metrics[f"speed/peak_{name}_memory_mb"] = num_bytes / 1e6
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(named_for(logger, metrics), step=trainer.global_step)
         if trainer.is_global_zero:
             for warning in self._watch.figures(trainer, pl_module, metrics, batches_per_step, self.run):
                 warn(trainer, warning)

@@ -1,11 +1,11 @@
-"""How fast a net trains: a stopwatch over batches, the waiting for images, the time left. progress.py logs and prints
+"""How fast a net trains: the seconds of batches, the waiting for images, the time left. progress.py logs and prints
 the figures, watch.py judges them."""
 
-import time
 from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
 
+from lit_cifar import clock
 from lit_cifar.data.loader import DeviceLoader
 from lit_cifar.model import steps
 
@@ -44,24 +44,13 @@ class Pace:
 
 
 class Speed:
-    """A stopwatch over batches, which pauses in validation and whatever else happens between two epochs."""
+    """Counts batches, and reads the seconds that they took from the clock's `steps`, which stand still in validation,
+    in a save, and between two epochs."""
 
     def __init__(self) -> None:
         self._num_batches = 0
-        self._seconds = 0.0
+        self._seconds = clock.seconds().get("steps", 0.0)
         self._waited_seconds = 0.0
-        self._since: float | None = None  # on time.perf_counter's clock; None while paused
-
-    def resume(self) -> None:
-        """Starts, or goes on after a pause."""
-        if self._since is None:
-            self._since = time.perf_counter()
-
-    def pause(self) -> None:
-        """Stops until `resume`."""
-        if self._since is not None:
-            self._seconds += time.perf_counter() - self._since
-            self._since = None
 
     def count(self) -> None:
         """Counts a batch."""
@@ -73,12 +62,9 @@ class Speed:
         Args:
             waited_seconds: the time spent waiting for images since training began.
         """
-        running = self._since is not None
-        self.pause()
-        pace = Pace(self._num_batches, self._seconds, waited_seconds - self._waited_seconds)
-        self._num_batches, self._seconds, self._waited_seconds = 0, 0.0, waited_seconds
-        if running:
-            self.resume()
+        seconds = clock.seconds().get("steps", 0.0)
+        pace = Pace(self._num_batches, seconds - self._seconds, waited_seconds - self._waited_seconds)
+        self._num_batches, self._seconds, self._waited_seconds = 0, seconds, waited_seconds
         return pace
 
 
