@@ -89,7 +89,10 @@ def main() -> None:
             f"the run has seed {results['seed']}: the net in the package is that of seed 0, not the best of several"
         )
     checkpoint = run / "checkpoints" / f"{results['checkpoint']}.ckpt"
-    config = read_checkpoint(checkpoint).config
+    state = read_checkpoint(checkpoint)
+    if state.step != results["num_steps"]:
+        sys.exit(f"{checkpoint} has {state.step} steps, results.json is of {results['num_steps']}: another run's")
+    config = state.config
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"{results['recipe']}.safetensors")
         # on few images: the test below has all of the run's
