@@ -79,7 +79,12 @@ def main(args: list[str]) -> None:
     net, classes = load(options.ckpt_path, options.tta, options.trust)
     state = read_checkpoint(Path(options.ckpt_path))
     images, name = _test_images(state.config.get("data", {}), options.data_dir, options.dataset)
-    settings = {"classes": list(classes), "tta": net.tta, "config": state.config, "lit_cifar": lit_cifar.__version__}
+    settings: dict[str, Any] = {
+        "classes": list(classes),
+        "tta": net.tta,
+        "config": state.config,
+        "lit_cifar": lit_cifar.__version__,
+    }
     settings["config"]["model"]["tta"] = net.tta
     settings |= {"recipe": state.recipe, "num_steps": state.step, "half": options.half}
     if options.half:
