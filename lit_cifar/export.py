@@ -157,7 +157,8 @@ def _test_images(run: dict[str, Any], data_dir: str | None, dataset: str | None)
         UserError: there are none at --data_dir.
     """
     run = {key: value for key, value in run.items() if isinstance(value, str)}  # a stranger's may be anything
-    of_run = run.get("dataset") if run.get("dataset") in get_args(Dataset) else "cifar10"
+    of_run: str = run.get("dataset", "")
+    of_run = of_run if of_run in get_args(Dataset) else "cifar10"
     dataset = dataset or ("cifar10" if data_dir and of_run == "shapes" else of_run)
     folder = data_dir or run.get("data_dir") or DEFAULT_DATA_DIR
     source = find_source(folder, dataset)
