@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -24,12 +24,13 @@ from torch import Tensor
 import lit_cifar
 from lit_cifar.cli import machine
 from lit_cifar.cli.parser import NetParser
+from lit_cifar.data.datamodule import Dataset
 from lit_cifar.data.official import DEFAULT_DATA_DIR
 from lit_cifar.data.source import find_source
 from lit_cifar.errors import UserError
 from lit_cifar.files import check_output, write_output, writing
 from lit_cifar.model.classifier import Classifier, load
-from lit_cifar.run.read import read_checkpoint
+from lit_cifar.run.read import checksum, parts_of, read_checkpoint
 from lit_cifar.text import in_command
 
 LARGEST_DIFFERENCE = 1e-4  # of an exported net's logits
@@ -66,6 +67,8 @@ def main(args: list[str]) -> None:
     output = Path(options.output)
     if output.suffix not in FORMATS:
         raise UserError(f"--output {output}: choose a name that ends in {', '.join(FORMATS)}")
+    if options.half and output.suffix != ".safetensors":
+        raise UserError(f"--half {output}: only .safetensors holds float16; leave --half out, or choose that format")
     check_output(output, WAY_OUT)
     form = FORMATS[output.suffix]
     for package in form.packages:
@@ -75,9 +78,24 @@ def main(args: list[str]) -> None:
             raise UserError(f"{output.suffix} needs {package}: pip install 'lit_cifar[export]'") from None
 
     net, classes = load(options.ckpt_path, options.tta, options.trust)
-    config = read_checkpoint(Path(options.ckpt_path)).config
-    images, name = _test_images(config.get("data") or NO_RUN, options.data_dir, options.dataset)
-    settings = {"classes": list(classes), "tta": net.tta, "config": config, "lit_cifar": lit_cifar.__version__}
+    state = read_checkpoint(Path(options.ckpt_path))
+    images, name = _test_images(state.config.get("data") or NO_RUN, options.data_dir, options.dataset)
+    settings: dict[str, Any] = {
+        "classes": list(classes),
+        "tta": net.tta,
+        "config": state.config,
+        "lit_cifar": lit_cifar.__version__,
+    }
+    settings["config"]["model"]["tta"] = net.tta
+    settings |= {"recipe": state.recipe, "num_steps": state.step, "half": options.half}
+    if options.half:
+        rounded = _rounded(net)
+        num_same, difference = compare(rounded, net, images)
+        print(
+            f"Rounded to float16: on {len(images):,} test images of {name} the net and the rounded one predict "
+            f"the same class for {num_same:,}, their logits differ by at most {difference:.1e}"
+        )
+        net = rounded
     with _quiet():
         try:
             data = form.dump(net, settings)
@@ -127,10 +145,9 @@ def _parser() -> NetParser:
         "file with the net on the test images before it is written.",
     )
     parser.add_argument("--output", metavar="FILE", required=True, help="net.onnx, net.pt2 or net.safetensors")
+    parser.add_argument("--half", action="store_true", help="round weights to float16: half the .safetensors file")
     parser.add_argument("--data_dir", metavar="PATH", help="images to compare on (default: the run's)")
-    parser.add_argument(
-        "--dataset", choices=("cifar10", "cifar100", "shapes"), help="images to compare on (default: the run's)"
-    )
+    parser.add_argument("--dataset", choices=get_args(Dataset), help="images to compare on (default: the run's)")
     return parser
 
 
@@ -140,8 +157,11 @@ def _test_images(run: dict[str, Any], data_dir: str | None, dataset: str | None)
     Raises:
         UserError: there are none at --data_dir.
     """
-    dataset = dataset or ("cifar10" if data_dir and run["dataset"] == "shapes" else run["dataset"])
-    folder = data_dir or run["data_dir"] or DEFAULT_DATA_DIR
+    run = {key: value for key, value in run.items() if isinstance(value, str)}  # a stranger's may be anything
+    of_run: str = run.get("dataset", "")
+    of_run = of_run if of_run in get_args(Dataset) else "cifar10"
+    dataset = dataset or ("cifar10" if data_dir and of_run == "shapes" else of_run)
+    folder = data_dir or run.get("data_dir") or DEFAULT_DATA_DIR
     source = find_source(folder, dataset)
     name = "the embedded shapes" if dataset == "shapes" else folder
     if not source.is_here:
@@ -213,11 +233,38 @@ def _read_program(data: bytes, net: Classifier) -> Predict:
     return torch.export.load(io.BytesIO(data)).module()
 
 
+def _rounded(net: Classifier) -> Classifier:
+    """A copy whose net, not its preprocessing, was float16 in between.
+
+    Raises:
+        UserError: float16 cannot hold its weights.
+    """
+    rounded = copy.deepcopy(net)
+    rounded.net.half()
+    if not all(weight.isfinite().all() for weight in rounded.net.state_dict().values()):
+        raise UserError("--half: weights of this net are too large for float16, or not finite; leave --half out")
+    rounded.net.float()
+    return rounded
+
+
 def _dump_weights(net: Classifier, settings: dict[str, Any]) -> bytes:
     import safetensors.torch
 
     weights = {name: weight.contiguous().clone() for name, weight in net.state_dict().items()}  # it refuses views
-    return safetensors.torch.save(weights, {key: json.dumps(value) for key, value in settings.items()})
+    for name, weight in weights.items():
+        if settings["half"] and name.startswith("net.") and weight.is_floating_point():
+            weights[name] = weight.half()
+    return with_metadata(safetensors.torch.save(weights), {key: json.dumps(value) for key, value in settings.items()})
+
+
+def with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:
+    """A .safetensors file with other metadata, the same bytes each time: safetensors 0.8 has them in any order."""
+    header, body = parts_of(data)
+    header["__metadata__"] = metadata
+    header["__metadata__"] = {**metadata, "crc32": checksum(header, body)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the weights are aligned
+    return len(text).to_bytes(8, "little") + text + body
 
 
 def _read_weights(data: bytes, net: Classifier) -> Predict:
@@ -233,7 +280,7 @@ def _read_weights(data: bytes, net: Classifier) -> Predict:
 FORMATS = {
     ".onnx": Format(("onnx", "onnxscript", "onnxruntime"), _dump_onnx, _read_onnx, "ONNX Runtime", LARGEST_DIFFERENCE),
     ".pt2": Format((), _dump_program, _read_program, "torch.export", LARGEST_DIFFERENCE),
-    ".safetensors": Format(("safetensors",), _dump_weights, _read_weights, "torch", 0.0),
+    ".safetensors": Format((), _dump_weights, _read_weights, "torch", 0.0),
 }
 
 

@@ -185,6 +185,11 @@ def _resumed(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     if path is None:
         return None
     state = read_checkpoint(path)
+    if state.is_net:
+        raise UserError(
+            f"--resume {resume}: it is a net alone, without the state of a training run to go on with; start a run "
+            "with --config, or give the net to lit_cifar.test, predict or export"
+        )
     return state, checked_config(state, settings, dict.fromkeys(SECTIONS))
 
 

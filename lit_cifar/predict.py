@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from lit_cifar import log
 from lit_cifar.cli import machine
 from lit_cifar.cli.parser import NetParser
 from lit_cifar.data.images import IMAGE_SUFFIXES, decode_image, in_order, is_image, read_image
@@ -29,10 +30,12 @@ from lit_cifar.data.members import MAX_MEMBER_BYTES
 from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import Classifier, load
+from lit_cifar.run.read import TRAINED
 from lit_cifar.text import in_command, printable
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".bmp", ".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff")  # found in folders
 STDIN = "-"
+DEFAULT_NET = "speedrun94"
 NOT_FINITE = "the net's logits for it are not finite"
 
 
@@ -63,7 +66,10 @@ def main(args: list[str]) -> None:
         local_path(path, "PATH")  # refuses URLs; as a Path, ./a.png would be printed as a.png
     paths = [os.path.expanduser(path) for path in options.paths]
     device = _device(options.accelerator)
-    net, classes = load(options.ckpt_path, options.tta, options.trust)
+    path = options.ckpt_path or TRAINED / f"{DEFAULT_NET}.safetensors"  # which no file here stands in for
+    net, classes = load(path, options.tta, options.trust)
+    if not options.ckpt_path:
+        log.tell(f"without --ckpt_path, the net is {DEFAULT_NET}, which knows only {', '.join(classes)}")
     net.to(device)
     warnings.filterwarnings("ignore", module="PIL")  # about oddities of files; the image's line has what matters
     images = [image for path in paths for image in _find(path)]
@@ -94,7 +100,8 @@ def main(args: list[str]) -> None:
 
 
 def _parser() -> NetParser:
-    parser = NetParser("python -m lit_cifar.predict", "Prints the likeliest classes of images, one image per line.")
+    description = "Prints the likeliest classes of images, one image per line."
+    parser = NetParser("python -m lit_cifar.predict", description, DEFAULT_NET)
     parser.add_argument(
         "paths",
         nargs="+",

@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from lit_cifar import clock
 from lit_cifar.cli import machine
 from lit_cifar.cli.command import set_up
-from lit_cifar.cli.parser import TRUST, Parser
+from lit_cifar.cli.parser import NET, TRUST, Parser
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.files import check_output, write_durably, write_output, writing
 from lit_cifar.model.classifier import checked_config
@@ -61,7 +61,10 @@ def main(args: list[str]) -> None:
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
     clock.reset()
     test_started = time.perf_counter()
-    trainer.test(model, datamodule=data, ckpt_path=state.path, weights_only=True, verbose=False)
+    if state.is_net:  # Lightning reads no other files than its own
+        model.load_state_dict(state.weights, strict=model.strict_loading)
+    path = None if state.is_net else state.path
+    trainer.test(model, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
     if not trainer.is_global_zero:
         return
     now = time.perf_counter()
@@ -77,7 +80,7 @@ def main(args: list[str]) -> None:
 
 
 def _add_arguments(parser: Parser) -> None:
-    parser.add_argument("--ckpt_path", type=str, default=None, help="the checkpoint to test")
+    parser.add_argument("--ckpt_path", type=str, default=None, help=NET)
     parser.add_argument(
         "--output", type=str, default=None, help="file for the results (default: test-NAME.json in the run's folder)"
     )

@@ -31,7 +31,7 @@ ROOMS = [
     {"__main__", "fit", "test", "predict", "export", "bench", "runs", "sweep"},
 ]
 COMMANDS = ROOMS[-1]
-NO_ROOMS = ("__init__.py", "__pycache__", "py.typed")
+NO_ROOMS = ("__init__.py", "__pycache__", "py.typed", "trained")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -130,13 +130,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return sdist, build("wheel", place / f"lit_cifar-{lit_cifar.__version__}")
 
 
-def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(built: tuple[Path, Path]) -> None:
+def test_the_wheel_holds_the_package_its_recipes_and_nets_and_nothing_else(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[1]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         script = wheel.read(f"lit_cifar-{lit_cifar.__version__}.dist-info/entry_points.txt").decode()
     package = {f"lit_cifar/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")}
     configs = {f"lit_cifar/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.*")}
-    assert names == package | configs | {"lit_cifar/py.typed"}
+    nets = {f"lit_cifar/trained/{path.name}" for path in (PACKAGE / "trained").iterdir()}
+    assert {"lit_cifar/trained/speedrun94.safetensors", "lit_cifar/trained/speedrun94.md"} <= nets
+    assert names == package | configs | nets | {"lit_cifar/py.typed"}
     assert "lit_cifar = lit_cifar.__main__:main" in script
 
 
@@ -204,6 +206,8 @@ def test_the_wheel_installs_a_command_and_recipes(outside: Callable[..., str], t
     files = outside("python", "-c", code).split()
     assert len(files) == 1 + len(list((ROOT / "configs").glob("*.yaml")))
     assert all(Path(file).is_relative_to(tmp_path / "venv") for file in files)
+    code = "from lit_cifar import load; print(load('speedrun94')[1])"
+    assert "'truck'" in outside("python", "-c", code)
 
 
 @pytest.mark.slow

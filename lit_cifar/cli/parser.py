@@ -47,6 +47,7 @@ SHORT_FLAGS = {
 }
 
 PATHS = {"data_dir", "default_root_dir", "resume", "ckpt_path", "output", "study", "storage"}  # settings that are paths
+NET = "the checkpoint, or the name of the net that comes with lit_cifar, speedrun94"
 TRUST = "true: make classes that the checkpoint names, of any package"
 LOST = "Unable to serialize instance "  # what jsonargparse writes in place of a default that is no plain value
 
@@ -281,9 +282,10 @@ class Parser(LightningArgumentParser):
 class NetParser(FlagParser):
     """The parser of a command that uses a trained net, with the flags that say which; errors as UserError."""
 
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(self, prog: str, description: str, default: str | None = None) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
-        self.add_argument("--ckpt_path", metavar="FILE", required=True, help="the checkpoint with the net")
+        text = f"{NET} (default: {default})" if default else NET
+        self.add_argument("--ckpt_path", metavar="FILE", required=not default, help=text)
         self.add_argument("--tta", choices=get_args(TTA), help="test-time augmentation in place of the run's")
         self.add_argument("--trust", type=truth, default=False, metavar="BOOL", help=TRUST)
 

@@ -207,7 +207,9 @@ def load(
     The net scales, normalises and augments as the run's test did, so that it has the accuracy that the test reported.
 
     Args:
-        path: a checkpoint of lit_cifar.fit, or of LitClassifier in any Trainer; nothing else of the run is needed.
+        path: a checkpoint of lit_cifar.fit, or of LitClassifier in any Trainer; nothing else of the run is needed. Or
+            a net that lit_cifar.export wrote as .safetensors, or the name of one that comes with the package, such as
+            "speedrun94"; a file of that name is preferred.
         tta: test-time augmentation in place of the run's: 'none', 'mirror' or 'mirror_shift'.
         trust: make the net also where its class is of a package that is not trusted by itself, such as your own.
         net: takes the weights in place of the net that the checkpoint names, for one that names none.

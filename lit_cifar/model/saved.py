@@ -4,6 +4,7 @@ knows when states are saved; classifier.py has `load`, which needs no LitClassif
 import functools
 import importlib
 import inspect
+import io
 import itertools
 import json
 import sys
@@ -156,6 +157,9 @@ class SavedModule(OptimisedModule):
             state = read_checkpoint(checkpoint_path)
             if "net" in takes or "net" in state.get("hyper_parameters", {}):
                 net = load(checkpoint_path, trust=trust)[0].net.train()
+            if state.is_net:  # Lightning reads no other files than its own
+                torch.save(dict(state), checkpoint_path := io.BytesIO())
+                checkpoint_path.seek(0)
             theirs: dict[str, Any] = state.config.get("model", {})
             settings = {key: value for key, value in theirs.items() if not _names_class(value)}
             settings |= {key: theirs[key] for key in MAKERS if _is_trusted(theirs.get(key))}

@@ -1,12 +1,14 @@
-"""Finds states and reads them without running code that may be in the file. check.py says whether this training could
-have saved one; trust.py judges the classes that it names."""
+"""Finds states, and nets that export wrote or that come with the package, and reads them without running code that may
+be in the file. check.py says whether this training could have saved a state; trust.py judges the classes it names."""
 
+import json
 import os
 import pickle
 import pickletools
 import re
 import stat
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +21,9 @@ from lit_cifar.files import open_regular
 from lit_cifar.run.check import first_mismatch
 from lit_cifar.run.folder import CHECKPOINTS, RUNS, run_version
 from lit_cifar.run.trust import is_plain
+from lit_cifar.text import nearest
 
+TRAINED = Path(__file__).parents[1] / "trained"  # the folder of the nets that come with the package
 MAX_PICKLE_BYTES = 2**22  # of a checkpoint, without its tensors; a small run's is 10 to 100 kB
 # what states are compared with: sums and counts,
 RUNNING_LOSS = {window: [0.0, 0] for window in ("logged", "printed", "epoch")}
@@ -41,6 +45,11 @@ class State(dict[str, Any]):
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         return cast(dict[str, torch.Tensor], self["state_dict"])
+
+    @property
+    def is_net(self) -> bool:
+        """Whether it is a net alone, from which no training run can go on."""
+        return "loops" not in self
 
     @property
     def config(self) -> dict[str, Any]:
@@ -79,7 +88,7 @@ def find_checkpoint(resume: str, save_dir: Path) -> Path | None:
         path = Path(resume)
         if states_of(path):
             return _newest_whole(path, resume)
-        if not _is_file(path):
+        if not _is_file(path) and resume not in trained_nets():
             raise UserError(
                 f"--resume {resume}: no such checkpoint; name a .ckpt file, a run's folder, 'auto' or 'if-any'"
             )
@@ -120,20 +129,37 @@ def _newest_whole(run: Path, resume: str) -> Path:
     raise UserError(f"--resume {resume}: {run} has no checkpoint that is whole; start anew without --resume")
 
 
+def trained_nets() -> dict[str, Path]:
+    """The files of the nets that come with the package, by name."""
+    return {path.stem: path for path in sorted(TRAINED.glob("*.safetensors"))}
+
+
 def read_checkpoint(path: Path) -> State:
     """Reads a checkpoint of ours, without running code that may be in the file (weights_only).
 
     Its checksums are right, it takes no more memory than its size, and what `on_save_checkpoint` of the module put into
     it is of the right types.
 
+    Args:
+        path: a checkpoint, or a net that `export` wrote as .safetensors. Where it is no file, the net of this name that
+            comes with the package.
+
     Raises:
         UserError: it is missing, cut short, or something else.
     """
     try:
-        _check_records(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not os.path.lexists(path) or os.path.isdir(path):
+            path = trained_nets().get(str(path), path)
+        checkpoint = _read_net(path)
+        if checkpoint is None:
+            _check_records(path)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}; name a .ckpt file") from None
+        nets = trained_nets()
+        raise UserError(
+            f"no checkpoint {path}{nearest(str(path), nets)}; name a .ckpt or .safetensors file, or a net that comes "
+            f"with lit_cifar: {', '.join(nets)}"
+        ) from None
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read ({error.strerror})") from None
     except Exception as error:  # torch.load raises almost anything on bytes it does not know
@@ -143,6 +169,45 @@ def read_checkpoint(path: Path) -> State:
     if not _is_ours(checkpoint):
         raise UserError(f"{path} is not a checkpoint of lit_cifar; name one from lightning_logs/*/checkpoints")
     return State(checkpoint, path)
+
+
+def _read_net(path: Path) -> dict[str, Any] | None:
+    """What a .safetensors file holds that `export` wrote, as a checkpoint of weights alone would; None of other files.
+
+    Raises:
+        Exception: anything, of a file that is damaged.
+    """
+    with open_regular(path) as file:
+        begin = file.read(9)
+        if begin[8:] != b"{":
+            return None
+        if int.from_bytes(begin[:8], "little") > MAX_PICKLE_BYTES:
+            raise ValueError
+        file.seek(0)
+        data = file.read()
+    import safetensors.torch
+
+    weights = safetensors.torch.load(data)
+    header, body = parts_of(data)
+    metadata = header.get("__metadata__", {})
+    if "crc32" in metadata and metadata["crc32"] != checksum(header, body):
+        raise ValueError
+    found = {key: json.loads(metadata[key]) for key in ("classes", "config", "recipe", "num_steps") if key in metadata}
+    content = {"state_dict": weights, "global_step": found.pop("num_steps", 0), "pytorch-lightning_version": "2"}
+    return content | ({"lit_cifar": found} if found else {})
+
+
+def parts_of(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """A .safetensors file's header, and the bytes of its tensors."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def checksum(header: dict[str, Any], body: bytes) -> str:
+    """Of a .safetensors file, which has none by itself; `export` puts it into the metadata as crc32."""
+    metadata = {key: value for key, value in header["__metadata__"].items() if key != "crc32"}
+    text = json.dumps({**header, "__metadata__": metadata}, sort_keys=True)
+    return str(zlib.crc32(body, zlib.crc32(text.encode())))
 
 
 def _check_records(path: Path) -> None:
