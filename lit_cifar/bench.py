@@ -74,6 +74,7 @@ QUANTITIES: dict[str, tuple[Callable[[dict[str, Any]], float], int]] = {
     "fit, s": (lambda run: run["seconds"]["fit"], 2),
     "of it training steps, s": (lambda run: run["seconds"]["steps"], 2),
     "of it first step (warm-up, compile), s": (lambda run: run["seconds"]["first_step"], 2),
+    "test, s": (lambda run: run["seconds"]["test"], 2),
     "start to first step, s": (lambda run: run["seconds"]["start"], 2),
     "whole process, s": (lambda run: run["seconds"]["total"], 2),
     "images/s of the fit": (lambda run: run["num_steps"] * run["batch_size"] / run["seconds"]["fit"], 0),
@@ -327,20 +328,13 @@ def _fit_here(args: list[str]) -> None:
 # ---- step ----
 
 
-def time_step(
-    flags: list[str], barebones: bool, first: int, last: int, now: Callable[[], float] = time.perf_counter
-) -> float:
-    """Milliseconds of a step, as configured or under the Trainer's barebones: the mean of those after the step `first`
-    up to the step `last`, by a clock `now` that gives seconds."""
-    times = []
-
-    def note(trainer: Trainer, module: LightningModule, *rest: Any) -> None:
-        if trainer.global_step in (first, last):
-            clock.wait_for(module.device)
-            times.append(now())
-
-    stopwatch = LambdaCallback(on_train_batch_end=note)
-    limits = ["--trainer.max_steps", str(last), "--trainer.max_epochs", "-1"]
+def take_steps(
+    flags: list[str], num_steps: int, barebones: bool, after_step: Callable[[Trainer, LightningModule], None]
+) -> None:
+    """Trains for so many steps, as `flags` of lit_cifar.fit configure it or under the Trainer's barebones, and calls
+    `after_step` behind each."""
+    watch = LambdaCallback(on_train_batch_end=lambda trainer, module, *rest: after_step(trainer, module))
+    limits = ["--trainer.max_steps", str(num_steps), "--trainer.max_epochs", "-1"]
     with contextlib.redirect_stdout(io.StringIO()):
         command = set_up([*flags, *limits], **OF_COMMAND, logs=not barebones)
         command.datamodule.prepare_data()
@@ -350,38 +344,44 @@ def time_step(
             given = command.config["trainer"]
             trainer = Trainer(
                 barebones=True,
-                callbacks=[stopwatch],
-                max_steps=last,
+                callbacks=[watch],
+                max_steps=num_steps,
                 use_distributed_sampler=False,
                 **{key: given[key] for key in ("accelerator", "devices", "precision", "num_nodes")},
             )
             command.datamodule.trainer = trainer
         else:
-            trainer.callbacks.append(stopwatch)  # type: ignore[attr-defined]
+            trainer.callbacks.append(watch)  # type: ignore[attr-defined]
             command.begin()
         trainer.fit(command.model, datamodule=command.datamodule)
         if command.run is not None:
             command.run.unlock()
-    return 1000 * (times[1] - times[0]) / (last - first)
 
 
 def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
     """Measures the recipe's step as configured and under barebones, in turn."""
-    trainer = CLI(flags, **OF_COMMAND, build=False).config.trainer
-    if trainer.max_steps in (0, 1):
-        raise UserError(f"--trainer.max_steps {trainer.max_steps}: --stage step needs 2 or more")
-    num_steps = trainer.max_steps if trainer.max_steps >= 0 else TIMED_STEPS + UNTIMED_STEPS
+    given = CLI(flags, **OF_COMMAND, build=False).config.trainer
+    if given.max_steps in (0, 1):
+        raise UserError(f"--trainer.max_steps {given.max_steps}: --stage step needs 2 or more")
+    num_steps = given.max_steps if given.max_steps >= 0 else TIMED_STEPS + UNTIMED_STEPS
     untimed = min(UNTIMED_STEPS, num_steps // 2)
-    times: dict[str, list[float]] = {"as configured": [], "barebones": []}
+    times: list[float] = []
+
+    def note(trainer: Trainer, module: LightningModule) -> None:
+        if trainer.global_step in (untimed, num_steps):
+            clock.wait_for(module.device)
+            times.append(time.perf_counter())
+
+    measured: dict[str, list[float]] = {"as configured": [], "barebones": []}
     with _ended_in_order(), _folder_for_runs() as folder:
-        flags = [*flags, "--trainer.default_root_dir", str(folder)]
         for _ in range(num_runs):
-            for kind, measured in times.items():
-                measured.append(time_step(flags, kind == "barebones", untimed, num_steps))
-    times["ratio"] = [ours / bare for ours, bare in zip(*times.values(), strict=True)]
-    place = device(str(trainer.accelerator))
+            for kind, values in measured.items():
+                take_steps([*flags, "--trainer.default_root_dir", folder], num_steps, kind == "barebones", note)
+                values.append(1000 * (times[-1] - times[-2]) / (num_steps - untimed))
+    measured["ratio"] = [ours / bare for ours, bare in zip(*measured.values(), strict=True)]
+    place = device(str(given.accelerator))
     title = f"milliseconds a step of {config}, {num_steps - untimed} steps a repetition; {place}"
-    rows = {kind: (measured, 3) for kind, measured in times.items()}
+    rows = {kind: (values, 3) for kind, values in measured.items()}
     return {"device": place, "num_steps": num_steps - untimed, **_figures(title, rows)}
 
 

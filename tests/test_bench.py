@@ -246,15 +246,24 @@ def test_a_signal_lets_the_run_save_and_the_command_that_goes_on_is_named(
 @posix
 @pytest.mark.slow
 def test_a_bench_that_is_stopped_goes_on_to_the_same_end(run_command: Run) -> None:
-    args = [RECIPE, "--runs", 1, *QUICK[:-1], 3000, "--keep"]
+    args = [
+        RECIPE,
+        "--runs",
+        1,
+        *QUICK[:-1],
+        3000,
+        "--max_epochs",
+        30,
+        "--checkpoint.every_n_train_steps",
+        50,
+        "--keep",
+    ]
     with followed("lit_cifar.bench", *args, "kept") as process:
-        log = Path("kept/seed_0/lightning_logs/version_0/checkpoints/last.ckpt")
-        for _ in range(600):
-            if log.is_file():
-                break
-            time.sleep(0.2)
+        until, state = time.monotonic() + 200, Path("kept/seed_0/lightning_logs/version_0/checkpoints/last.ckpt")
+        while not state.is_file() and time.monotonic() < until:
+            time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=200)
         assert process.returncode == STOPPED, errors
         assert "lit_cifar: stopped by SIGTERM; go on with python -m lit_cifar.bench" in errors
     for place in ("kept", "whole"):
