@@ -27,8 +27,8 @@ if sys.platform == "win32":
 
 FLAGS = ["--config", "tutorial", "--dataset", "shapes", "--accelerator", "cpu"]
 BLOCK, NUM_BLOCKS = 50, 8  # one step in 50 is logged
-# Seen beside up to 20 other processes on 2 cores: 1.04 to 1.20, and 0.69 to 0.78; with 0.3 ms of Python more in each
-# step 1.26 to 1.38 there, and the more the quieter the machine is
+# In 30 tries beside 5 to 20 other processes on 2 cores (AMD EPYC): 0.98 to 1.16, and 0.63 to 0.86; with the work of
+# do_more in each step 1.30 to 1.49, and 0.84 to 1.08
 BOUNDS = {"by hand": 1.25, "barebones": 0.9}
 
 
