@@ -1,9 +1,10 @@
 """Measures every bar of BENCHMARKS.md in one go and writes it: lit_cifar beside plain PyTorch, plain Lightning,
 torchvision's DataLoader, and a peer's speedrun if its script is given. Run it on a quiet machine.
 
-    python benchmarks/compare.py DATA_DIR [--only NAME ...] [--runs 3] [--airbench94 SCRIPT] [--output BENCHMARKS.md]
+    python benchmarks/compare.py DATA_DIR [--only NAME ...] [--airbench94 SCRIPT] [--keep FOLDER] [--peers FOLDER]
 
-DATA_DIR is an image tree or an archive of one. With --only, the other sections stay as they are.
+DATA_DIR is an image tree or an archive of one. With --only, the other sections of BENCHMARKS.md stay as they are. The
+recipes that train for hours, `speedrun95`, `speedrun96` and `resnet18`, are measured when --only names them.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from run_airbench import ended_runs
 
 from lit_cifar.bench import device
 from lit_cifar.results.report import commit, versions
@@ -199,16 +201,17 @@ def loader(args: argparse.Namespace) -> Section:
 def speedrun94(args: argparse.Namespace) -> Section:
     """Ours over some seeds, in the faster precision. A whole run of the peer takes long: its steps are timed before and
     after ours."""
-    flags = ["configs/speedrun94.yaml", "--runs", args.runs, "--data_dir", args.data_dir]
+    flags = bench_flags(args, "speedrun94", 3)
     step_seconds = {precision: _speedrun_step(args, precision) for precision in ("32-true", "bf16-mixed")}
-    flags += ["--precision", min(step_seconds, key=step_seconds.__getitem__)]
+    if not args.precision:
+        flags += ["--precision", min(step_seconds, key=step_seconds.__getitem__)]
     commands = [f"python -m lit_cifar.bench {' '.join(map(str, flags))}"]
     peers: dict[str, list[float]] = {"bfloat16": [], "float32": []}
 
     def time_peer() -> None:
         for dtype, measured in peers.items():
             peer = [HERE / "run_airbench.py", args.airbench94, args.data_dir, "--steps", PEER_STEPS, "--dtype", dtype]
-            measured.append(run_json(*peer)["median_step_seconds"])
+            measured.append(run_json(*peer)["loops"]["main"]["median_seconds"])
 
     if args.airbench94:
         peer = f"airbench94_muon.py {args.data_dir} --steps {PEER_STEPS} --dtype bfloat16"
@@ -224,7 +227,7 @@ def speedrun94(args: argparse.Namespace) -> Section:
             peer_seconds = 200 * statistics.fmean(times)
             ratio = seconds["mean"] / peer_seconds
             reference = f"{peer_seconds:.0f} (airbench94_muon in {dtype}: 200 steps of {peer_seconds / 200:.2f} s)"
-            row = Row(f"fit, s (mean, n = {args.runs})", f"{seconds['mean']:.0f}", reference, f"{ratio:.3f}")
+            row = Row(f"fit, s (mean, n = {seconds['n']})", f"{seconds['mean']:.0f}", reference, f"{ratio:.3f}")
             if dtype == "bfloat16":
                 row.bar, row.met = "at most 0.65", ratio <= 0.65
             rows.append(row)
@@ -237,7 +240,7 @@ def speedrun94(args: argparse.Namespace) -> Section:
     found = f"{accuracy['mean']:.2f} (std {accuracy['std'] or 0:.2f})"
     rows.append(
         Row(
-            f"accuracy with TTA, % (mean, n = {args.runs})",
+            f"accuracy with TTA, % (mean, n = {accuracy['n']})",
             found,
             "90.7 on the JPEG data",
             bar="at least 90.55",
@@ -246,6 +249,72 @@ def speedrun94(args: argparse.Namespace) -> Section:
     )
     rows.append(Row("accuracy without TTA, %", f"{plain['mean']:.2f}", "89.5 on the JPEG data"))
     return Section("speedrun94 on the CPU", commands, rows, [f"Accuracies: {accuracy['values']}."])
+
+
+def bench_flags(args: argparse.Namespace, recipe: str, num_runs: int) -> list[object]:
+    """Of `lit_cifar.bench` for a recipe's training runs, as many as were asked for, or else `num_runs`."""
+    flags = [f"configs/{recipe}.yaml", "--runs", args.runs or num_runs, "--data_dir", args.data_dir]
+    flags += ["--precision", args.precision] if args.precision else []
+    return flags + (["--keep", args.keep / recipe] if args.keep else [])
+
+
+def trained(recipe: str, num_runs: int, peer: str = "") -> Callable[[argparse.Namespace], Section]:
+    """The section of a recipe that trains for hours, beside a peer's script that did so before.
+
+    Args:
+        recipe: its name.
+        num_runs: how many runs it is given.
+        peer: of the files in --peers that run_airbench.py printed, what their names begin with.
+    """
+
+    def section(args: argparse.Namespace) -> Section:
+        flags = bench_flags(args, recipe, num_runs)
+        result = run_json("-m", "lit_cifar.bench", *flags)
+        commands = [f"python -m lit_cifar.bench {' '.join(map(str, flags))}"]
+        files = sorted(args.peers.glob(f"{peer}*.log")) if args.peers and peer else []
+        peers = {file.stem: ended_runs(file.read_text(encoding="utf-8")) for file in files}
+        commands += [f"python benchmarks/run_airbench.py {peer}.py {args.data_dir} > {file.name}" for file in files]
+        return Section(f"{recipe} on the CPU", commands, beside_peers(result, peers))
+
+    return section
+
+
+def beside_peers(result: dict[str, Any], peers: dict[str, dict[str, list[float]]]) -> list[Row]:
+    """Rows of a recipe's accuracies and seconds, one for each peer that has runs, or one without.
+
+    Args:
+        result: of bench.
+        peers: what ended_runs gives, by name.
+    """
+
+    def of_ours(name: str) -> list[float]:
+        return result.get(name, {}).get("values", [])
+
+    both = zip(of_ours("fit, s"), of_ours("test, s"), strict=True)
+    quantities = [
+        ("accuracy, %", of_ours("accuracy, %"), "accuracies", 100),
+        ("accuracy without TTA, %", of_ours("accuracy without TTA, %"), "accuracies_without_tta", 100),
+        ("fit and test, s", [fit_seconds + test_seconds for fit_seconds, test_seconds in both], "seconds", 1),
+    ]
+    rows = []
+    for name, values, key, factor in quantities:
+        for peer, runs in peers.items() or [("", {})]:
+            row = Row(name, spread(values))
+            theirs = [factor * value for value in runs.get(key, [])]
+            if values and theirs:
+                row.reference = f"{spread(theirs)} ({peer})"
+                mean, other = statistics.fmean(values), statistics.fmean(theirs)
+                row.ratio = f"{mean / other:.3f}" if factor == 1 else f"{mean - other:+.2f} points"
+                if key != "accuracies_without_tta":
+                    row.bar, row.met = ("less", mean < other) if factor == 1 else ("no less", mean >= other)
+            rows.append(row)
+    return rows
+
+
+def spread(values: list[float]) -> str:
+    """Mean, standard deviation and n."""
+    deviation = f"std {statistics.stdev(values):.2f}, " if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f} ({deviation}n = {len(values)})" if values else "-"
 
 
 def _speedrun_step(args: argparse.Namespace, precision: str) -> float:
@@ -357,15 +426,24 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Section]] = {
     "start": start,
     "processes": processes,
     "speedrun94": speedrun94,
+    "speedrun95": trained("speedrun95", 3, "airbench95"),
+    "speedrun96": trained("speedrun96", 2, "airbench96_faster"),
+    "resnet18": trained("resnet18", 1),
 }
+HOURS = ("speedrun95", "speedrun96", "resnet18")
 MARK = "<!-- {} -->"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path)
-    parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
-    parser.add_argument("--runs", type=int, default=3, help="of speedrun94")
+    parser.add_argument(
+        "--only", nargs="*", choices=list(SECTIONS), default=[name for name in SECTIONS if name not in HOURS]
+    )
+    parser.add_argument("--runs", type=int, help="of each recipe, in place of 3, 3, 2 and 1")
+    parser.add_argument("--precision", help="of the recipes' runs; else speedrun94's faster one, and the others' own")
+    parser.add_argument("--keep", type=Path, help="where the recipes' runs stay, for the same command to go on with")
+    parser.add_argument("--peers", type=Path, help="files that run_airbench.py printed: airbench95.log, ...")
     parser.add_argument("--pairs", type=int, default=3, help="of the tutorial and of one and two processes")
     parser.add_argument("--lightning_steps", type=int, default=3000, help="of the plain Lightning script")
     parser.add_argument("--airbench94", type=Path, help="a copy of airbench94_muon.py; see benchmarks/README.md")

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import statistics
 import subprocess
@@ -24,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
-from lightning.pytorch import Callback, LightningModule, Trainer
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 
 from lit_cifar import clock, fit, log
 from lit_cifar.cli import machine
@@ -33,18 +35,24 @@ from lit_cifar.cli.command import CLI, set_up
 from lit_cifar.cli.configs import find_config, recipes
 from lit_cifar.cli.parser import truth
 from lit_cifar.errors import FlagParser, UserError
+from lit_cifar.files import local_path, read_whole
 from lit_cifar.model.classifier import normalise
 from lit_cifar.process import LAUNCHER_VARIABLE
 from lit_cifar.results.report import commit, versions
-from lit_cifar.run.folder import RESULTS, RUNS
-from lit_cifar.run.stop import Stopped
-from lit_cifar.text import definitions, in_command, wrapped
+from lit_cifar.run.folder import RUNS, Run, run_version
+from lit_cifar.run.read import states_of
+from lit_cifar.run.stop import STOP_SIGNALS, Stopped
+from lit_cifar.runs import read_run
+from lit_cifar.text import columns, definitions, in_command, printable, wrapped
 
 STAGES = ("fit", "step", "loader")
-USAGE = "python -m lit_cifar.bench CONFIG [--runs N] [--stage STAGE] [--warm true] [any flag of lit_cifar.fit]"
+PROGRAM = "python -m lit_cifar.bench"
+OF_COMMAND: dict[str, Any] = {"prog": PROGRAM, "description": "", "add_arguments": fit.add_arguments}
+USAGE = f"{PROGRAM} CONFIG [--runs N] [--keep FOLDER] [--stage STAGE] [--warm true] [any flag of lit_cifar.fit]"
 FLAGS = [
     ("--runs N", "how many runs, or repetitions of a stage (default: 3); run i has seed --seed + i"),
     ("--stage fit", "trains and tests N times as lit_cifar.fit does, each run in its own process (default)"),
+    ("--keep FOLDER", "fit: runs stay in FOLDER/seed_S, and the same command goes on where it was stopped"),
     ("--stage step", "milliseconds per training step, and their ratio to those under the Trainer's barebones"),
     ("--stage loader", "images per second of the input pipeline: order, augmentation, scaling, normalising"),
     (
@@ -59,6 +67,20 @@ T95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
+# of --stage fit: where results.json has them, and decimals to print
+QUANTITIES: dict[str, tuple[Callable[[dict[str, Any]], float], int]] = {
+    "accuracy, %": (lambda run: 100 * run["accuracy"], 2),
+    "accuracy without TTA, %": (lambda run: 100 * run["accuracy_without_tta"], 2),
+    "fit, s": (lambda run: run["seconds"]["fit"], 2),
+    "of it training steps, s": (lambda run: run["seconds"]["steps"], 2),
+    "of it first step (warm-up, compile), s": (lambda run: run["seconds"]["first_step"], 2),
+    "test, s": (lambda run: run["seconds"]["test"], 2),
+    "start to first step, s": (lambda run: run["seconds"]["start"], 2),
+    "whole process, s": (lambda run: run["seconds"]["total"], 2),
+    "images/s of the fit": (lambda run: run["num_steps"] * run["batch_size"] / run["seconds"]["fit"], 0),
+    "peak resident memory, MB": (lambda run: run["peak_memory"]["resident"] / 1e6, 0),
+    "peak GPU memory, MB": (lambda run: run["peak_memory"]["gpu"] / 1e6, 0),
+}
 WARM_UP_STEPS = 8
 TIMED_STEPS, UNTIMED_STEPS = 200, 20  # in a repetition of --stage step
 SECONDS_A_REPETITION = 2.0  # of --stage loader, at least
@@ -76,14 +98,14 @@ def main(args: list[str]) -> None:
     config, own, rest = split_flags(args)
     flags = ["--config", config, *rest]
     if own.stage == "fit":
-        result = _bench_fit(config, own.runs, own.warm, flags)
+        result = _bench_fit(config, own, flags, again=f"{PROGRAM} {shlex.join(args)}")
     elif own.stage == "step":
         result = _bench_step(config, own.runs, flags)
     else:
         result = _bench_loader(config, own.runs, flags)
     where = {"config": config, "stage": own.stage, "flags": rest}
-    if not log.rank():
-        print(json.dumps({**where, **result, "versions": versions(), "commit": commit()}))
+    if not log.rank():  # --stage step --devices N: the other ranks run this command too
+        print(json.dumps({**where, "versions": versions(), "commit": commit(), **result}))
 
 
 def split_flags(args: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
@@ -99,15 +121,18 @@ def split_flags(args: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--stage", default="fit")
     parser.add_argument("--warm", type=truth, default=False)
+    parser.add_argument("--keep")
     own, rest = parser.parse_known_args(args[1:])
     if own.runs < 1:
         raise UserError(f"--runs: expected a number from 1, got {own.runs}")
     if own.stage not in STAGES:
         raise UserError(f"--stage: expected one of {', '.join(STAGES)}, got {own.stage}")
+    if own.stage != "fit" and (own.keep or own.warm):
+        raise UserError("--keep and --warm are for --stage fit: leave them out")
     return args[0], own, rest
 
 
-def summary(values: list[float]) -> dict[str, float | int | None]:
+def summary(values: list[float]) -> dict[str, Any]:
     """Mean, sample standard deviation, n, and half the width of the mean's 95 % interval by Student's t."""
     n = len(values)
     deviation = statistics.stdev(values) if n > 1 else None
@@ -116,21 +141,14 @@ def summary(values: list[float]) -> dict[str, float | int | None]:
 
 
 def table(rows: dict[str, tuple[list[float], int]]) -> str:
-    """Lines for people: mean, standard deviation, n and interval of each quantity.
-
-    Args:
-        rows: by quantity, its values and how many decimals to print.
-    """
-    width = max(map(len, rows))
-    lines = [f"{'':<{width}}  {'mean':>12}  {'std':>10}   n  95 % interval of the mean"]
+    """Lines for people: mean, standard deviation, n and interval of each quantity, from its values and its decimals."""
+    lines = [("", "mean", "std", "n", "95 % interval of the mean")]
     for name, (values, decimals) in rows.items():
-        found = summary(values)
-        mean, deviation, half = found["mean"], found["std"], found["ci95"]
-        assert mean is not None
+        mean, deviation, n, half = summary(values).values()
         spread = "-" if deviation is None else f"{deviation:,.{decimals}f}"
         interval = "-" if half is None else f"{mean - half:,.{decimals}f} to {mean + half:,.{decimals}f}"
-        lines.append(f"{name:<{width}}  {mean:>12,.{decimals}f}  {spread:>10}  {found['n']:>2}  {interval}")
-    return "\n".join(lines)
+        lines.append((name, f"{mean:,.{decimals}f}", spread, str(n), interval))
+    return columns(lines, right=(1, 2, 3))
 
 
 def device(accelerator: str = "auto") -> str:
@@ -147,64 +165,103 @@ def device(accelerator: str = "auto") -> str:
     return f"CPU, {os.cpu_count()} cores, {threads}: {model}"
 
 
-def _settings(flags: list[str]) -> Namespace:
-    """The settings of a run of fit, read before the first one starts.
-
-    Raises:
-        UserError: one of them is wrong.
-    """
-    return CLI(
-        flags, prog="python -m lit_cifar.bench", description="", add_arguments=fit.add_arguments, build=False
-    ).config
-
-
-def _bench_fit(config: str, num_runs: int, warm: bool, flags: list[str]) -> dict[str, Any]:
-    settings = _settings(flags)
-    if settings.trainer.limit_test_batches == 0:
-        raise UserError("--trainer.limit_test_batches 0: bench measures the accuracy of tests, leave it out")
-    seed = settings.seed_everything
-    results = []
-    with _ended_in_order(), _folder_for_runs() as folder:
-        flags = [*flags, "--trainer.default_root_dir", folder]
-        if warm:
-            _fit_here([*flags, "--trainer.max_steps", str(WARM_UP_STEPS)], Path(folder))
-        for run in range(num_runs):
-            args = [*flags, "--seed", str(seed + run)]
-            results.append((_fit_here if warm else _fit_in_process)(args, Path(folder)))
-            newest = results[-1]
-            print(
-                f"run {run + 1} of {num_runs}: seed {newest['seed']}, accuracy {100 * newest['accuracy']:.2f} %, "
-                f"fit {newest['seconds']['fit']:.1f} s, of it steps {newest['seconds']['steps']:.1f} s, whole process "
-                f"{newest['seconds']['total']:.1f} s",
-                flush=True,
-            )
-    quantities: dict[str, tuple[Callable[[dict[str, Any]], float | None], int]] = {
-        "accuracy, %": (lambda run: 100 * run["accuracy"], 2),
-        "accuracy without TTA, %": (lambda run: _percent(run.get("accuracy_without_tta")), 2),
-        "fit, s": (lambda run: run["seconds"]["fit"], 2),
-        "of it training steps, s": (lambda run: run["seconds"]["steps"], 2),
-        "of it first step (warm-up, compile), s": (lambda run: run["seconds"]["first_step"], 2),
-        "start to first step, s": (lambda run: run["seconds"]["start"], 2),
-        "whole process, s": (lambda run: run["seconds"]["total"], 2),
-        "images/s of the fit": (lambda run: run["num_steps"] * run["batch_size"] / run["seconds"]["fit"], 0),
-        "peak resident memory, MB": (lambda run: _megabytes(run["peak_memory"]["resident"]), 0),
-        "peak GPU memory, MB": (lambda run: _megabytes(run["peak_memory"]["gpu"]), 0),
+def _figures(title: str, rows: dict[str, tuple[list[float], int]]) -> dict[str, Any]:
+    """Prints the table of some quantities, and gives what the last line says of each."""
+    if not log.rank():
+        print(title)
+        print(table(rows), flush=True)
+    return {
+        name: {**summary(values), "median": statistics.median(values), "values": values}
+        for name, (values, _) in rows.items()
     }
-    rows = {}
-    for name, (read, decimals) in quantities.items():
-        values = [value for run in results if (value := read(run)) is not None]
-        if values:
-            rows[name] = (values, decimals)
-    place = device(str(settings.trainer.accelerator))
-    print(f"\n{config} on {results[0]['dataset']}, {results[0]['num_train']:,} training images; {place}")
-    print(table(rows), flush=True)
+
+
+# ---- fit ----
+
+
+def _bench_fit(config: str, own: argparse.Namespace, flags: list[str], again: str) -> dict[str, Any]:
+    command = CLI(flags, **OF_COMMAND, build=bool(own.keep))
+    trainer = command.config.trainer
+    if trainer.limit_test_batches == 0 or trainer.fast_dev_run:
+        flag = "fast_dev_run" if trainer.fast_dev_run else "limit_test_batches 0"
+        raise UserError(f"--trainer.{flag}: bench measures the accuracy of tests, leave it out")
+    with _ended_in_order(again if own.keep else None), _folder_for_runs() as temporary:
+        if own.warm:
+            _fit_here([*flags, "--trainer.max_steps", str(WARM_UP_STEPS), "--trainer.default_root_dir", temporary])
+        runs = list(_runs(command, own, flags, local_path(own.keep or temporary, "--keep")))
+    place = device(str(trainer.accelerator))
+    title = f"\n{config} on {runs[0]['dataset']}, {runs[0]['num_train']:,} training images; {place}"
+    # seconds of the others are sums over several processes, without what a kill lost
+    whole = [run for run in runs if len(run["seconds"].get("pieces", ())) < 2]
+    if len(whole) < len(runs):
+        title += f"\nseconds and memory are those of the {len(whole)} of {len(runs)} runs that were never resumed"
+    rows: dict[str, tuple[list[float], int]] = {}
+    for name, (read, decimals) in QUANTITIES.items():
+        for run in runs if name.startswith("accuracy") else whole:
+            with contextlib.suppress(KeyError, TypeError):  # absent or null
+                value = read(run)
+                rows.setdefault(name, ([], decimals))[0].append(value)
+    commits = list(dict.fromkeys(run["commit"] for run in runs))
     return {
         "device": place,
-        "dataset": results[0]["dataset"],
-        "warm": warm,
-        "seeds": [run["seed"] for run in results],
-        **{name: {**summary(values), "values": values} for name, (values, _) in rows.items()},
+        "dataset": runs[0]["dataset"],
+        "warm": own.warm,
+        "seeds": [run["seed"] for run in runs],
+        "commit": commits if commits[1:] else commits[0],
+        **_figures(title, rows),
     }
+
+
+def _runs(command: CLI, own: argparse.Namespace, flags: list[str], folder: Path) -> Iterator[dict[str, Any]]:
+    """results.json of each run; those that the folder keeps are all looked at before one is trained."""
+    first = command.config.seed_everything
+    places = {seed: folder / f"seed_{seed}" for seed in range(first, first + own.runs)}
+    settings = command.plain_config if own.keep else {}
+    kept = {seed: _find_run(place, {**settings, "seed_everything": seed}) for seed, place in places.items()}
+    for number, (seed, (found, is_finished)) in enumerate(kept.items()):
+        if not is_finished:
+            args = [*flags, "--seed", str(seed), "--trainer.default_root_dir", str(places[seed])]
+            args += ["--resume", str(found.folder)] if found else []
+            (_fit_here if own.warm else _fit_in_process)(args)
+            found, _ = _find_run(places[seed], {})
+        assert found is not None
+        run = json.loads(read_whole(found.results))
+        print(
+            f"run {number + 1} of {own.runs}: seed {seed}, accuracy {100 * run['accuracy']:.2f} %, "
+            f"fit {run['seconds']['fit']:.1f} s, of it steps {run['seconds']['steps']:.1f} s, whole process "
+            f"{run['seconds']['total']:.1f} s",
+            flush=True,
+        )
+        yield run
+
+
+def _find_run(place: Path, wanted: dict[str, Any]) -> tuple[Run | None, bool]:
+    """The newest run in a folder that is finished, or else the newest that can go on; and whether it is finished.
+
+    Raises:
+        UserError: a run there has other settings than those that are wanted, or another process trains it.
+    """
+    found, is_finished = None, False
+    for folder in sorted((place / RUNS).glob("version_*"), key=run_version):
+        run = Run(folder=folder)
+        if run.is_in_use:
+            run.claim()  # waits for a process that is on its way out
+            run.unlock()
+        before = yaml.safe_load(read_whole(run.config)) if run.config.is_file() else {}
+        if differences := _differences(before, wanted):
+            raise UserError(f"{folder} has other settings: {'; '.join(differences[:3])}; name another folder")
+        done = read_run(folder).state == "done"
+        if done or (states_of(folder) and not is_finished):
+            found, is_finished = run, done
+    return found, is_finished
+
+
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """What two configs set differently. A setting that only one of them has is another version's."""
+    if isinstance(before, dict) and isinstance(now, dict) and not key.endswith("dict_kwargs"):
+        shared = [name for name in now if name in before and f"{key}.{name}" != "trainer.default_root_dir"]
+        return [line for name in shared for line in _differences(before[name], now[name], f"{key}.{name}".strip("."))]
+    return [] if before == now else [f"--{key} was {printable(str(before))} and is now {printable(str(now))}"]
 
 
 def _folder_for_runs() -> "tempfile.TemporaryDirectory[str]":
@@ -213,143 +270,126 @@ def _folder_for_runs() -> "tempfile.TemporaryDirectory[str]":
 
 
 @contextlib.contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """Lets a signal that would end this process end the run of fit and remove the folder first."""
+def _ended_in_order(again: str | None = None) -> Iterator[None]:
+    """Lets a signal that would end this process end the run of fit and remove the folder first; or let the run save its
+    state, where the command `again` goes on with it."""
 
     def end(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)
-        sys.exit(128 + number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        if again is None:
+            sys.exit(128 + number)
+        raise Stopped(f"stopped by {signal.Signals(number).name}")
 
-    names = [name for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-    numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) == signal.SIG_DFL]
+    named = [*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGTERM)]
+    numbers = [number for number in named if signal.getsignal(number) == signal.SIG_DFL]
     try:
         for number in numbers:
             signal.signal(number, end)
         yield
-    except Stopped:  # a run in this process that took the signal
-        sys.exit(128 + signal.SIGTERM)
+    except Stopped as stopped:  # here, or in a run in this process
+        if again is None:
+            sys.exit(128 + signal.SIGTERM)
+        raise Stopped(f"{str(stopped).split(';')[0]}; go on with {again}") from None
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-def _megabytes(num_bytes: int | None) -> float | None:
-    return None if num_bytes is None else num_bytes / 1e6
-
-
-def _fit_in_process(args: list[str], folder: Path) -> dict[str, Any]:
+def _fit_in_process(args: list[str]) -> None:
     command = [sys.executable, "-m", "lit_cifar.fit", *args]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        encoding="utf-8",
-        errors="backslashreplace",
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, LAUNCHER_VARIABLE: str(os.getpid()), "PYTHONIOENCODING": "utf-8"},
-    )
-    if done.returncode < 0:
-        raise UserError(f"a run was ended by {signal.Signals(-done.returncode).name}, perhaps for want of memory")
-    last = (done.stderr.splitlines() or [""])[-1]
-    if done.returncode and last.startswith("lit_cifar: "):  # not with a traceback
+    environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid()), "PYTHONIOENCODING": "utf-8"}
+    text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "env": environment}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, **text) as process:
+        try:
+            stdout, stderr = process.communicate()
+        except BaseException as error:
+            if not isinstance(error, Stopped):
+                process.kill()
+            elif sys.platform != "win32":  # where Ctrl-Break reaches it too, and terminate() is kill()
+                process.terminate()
+            process.communicate()
+            raise
+    if process.returncode < 0:
+        raise UserError(f"a run was ended by {signal.Signals(-process.returncode).name}, perhaps for want of memory")
+    last = (stderr.splitlines() or [""])[-1]
+    if process.returncode and last.startswith("lit_cifar: "):  # not with a traceback
         raise UserError(last.removeprefix("lit_cifar: ").removeprefix("error: "))
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return _newest_results(folder)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{stdout}{stderr}")
 
 
-def _fit_here(args: list[str], folder: Path) -> dict[str, Any]:
+def _fit_here(args: list[str]) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         fit.main(args)
-    return _newest_results(folder)
 
 
-def _newest_results(folder: Path) -> dict[str, Any]:
-    newest = max(folder.glob(f"{RUNS}/version_*/{RESULTS}"), key=lambda path: path.stat().st_mtime_ns)
-    results: dict[str, Any] = json.loads(newest.read_bytes())
-    return results
+# ---- step ----
 
 
-class _Stopwatch(Callback):
-    """Notes the time after two of the steps, once the device has finished them."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
-        self.times: list[float] = []
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step in (self.first, self.last):
-            clock.wait_for(pl_module.device)
-            self.times.append(time.perf_counter())
-
-    @property
-    def seconds_a_step(self) -> float:
-        return (self.times[1] - self.times[0]) / (self.last - self.first)
+def take_steps(
+    flags: list[str], num_steps: int, barebones: bool, after_step: Callable[[Trainer, LightningModule], None]
+) -> None:
+    """Trains for so many steps, as `flags` of lit_cifar.fit configure it or under the Trainer's barebones, and calls
+    `after_step` behind each."""
+    watch = LambdaCallback(on_train_batch_end=lambda trainer, module, *rest: after_step(trainer, module))
+    limits = ["--trainer.max_steps", str(num_steps), "--trainer.max_epochs", "-1"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        command = set_up([*flags, *limits], **OF_COMMAND, logs=not barebones)
+        command.datamodule.prepare_data()
+        command.datamodule.setup("fit")
+        trainer = command.trainer
+        if barebones:
+            given = command.config["trainer"]
+            trainer = Trainer(
+                barebones=True,
+                callbacks=[watch],
+                max_steps=num_steps,
+                use_distributed_sampler=False,
+                **{key: given[key] for key in ("accelerator", "devices", "precision", "num_nodes")},
+            )
+            command.datamodule.trainer = trainer
+        else:
+            trainer.callbacks.append(watch)  # type: ignore[attr-defined]
+            command.begin()
+        trainer.fit(command.model, datamodule=command.datamodule)
+        if command.run is not None:
+            command.run.unlock()
 
 
 def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
     """Measures the recipe's step as configured and under barebones, in turn."""
-    settings = _settings(flags)
-    limit = settings.trainer.max_steps
-    if limit in (0, 1):
-        raise UserError(f"--trainer.max_steps {limit}: --stage step needs 2 or more")
-    num_steps = limit if limit >= 0 else TIMED_STEPS + UNTIMED_STEPS
+    given = CLI(flags, **OF_COMMAND, build=False).config.trainer
+    if given.max_steps in (0, 1):
+        raise UserError(f"--trainer.max_steps {given.max_steps}: --stage step needs 2 or more")
+    num_steps = given.max_steps if given.max_steps >= 0 else TIMED_STEPS + UNTIMED_STEPS
     untimed = min(UNTIMED_STEPS, num_steps // 2)
-    milliseconds: dict[str, list[float]] = {"as configured": [], "barebones": []}
+    times: list[float] = []
+
+    def note(trainer: Trainer, module: LightningModule) -> None:
+        if trainer.global_step in (untimed, num_steps):
+            clock.wait_for(module.device)
+            times.append(time.perf_counter())
+
+    measured: dict[str, list[float]] = {"as configured": [], "barebones": []}
     with _ended_in_order(), _folder_for_runs() as folder:
         for _ in range(num_runs):
-            for kind, measured in milliseconds.items():
-                stopwatch = _Stopwatch(untimed, num_steps)
-                limits = ["--trainer.max_steps", str(num_steps), "--trainer.max_epochs", "-1"]
-                with contextlib.redirect_stdout(io.StringIO()):
-                    command = set_up(
-                        [*flags, "--trainer.default_root_dir", folder, *limits],
-                        prog="python -m lit_cifar.bench",
-                        description="",
-                        logs=kind != "barebones",
-                        add_arguments=fit.add_arguments,
-                    )
-                    command.datamodule.prepare_data()
-                    command.datamodule.setup("fit")
-                    trainer = command.trainer
-                    if kind == "barebones":
-                        given = command.config["trainer"]
-                        trainer = Trainer(
-                            barebones=True,
-                            callbacks=[stopwatch],
-                            max_steps=num_steps,
-                            use_distributed_sampler=False,
-                            **{key: given[key] for key in ("accelerator", "devices", "precision", "num_nodes")},
-                        )
-                        command.datamodule.trainer = trainer
-                    else:
-                        trainer.callbacks.append(stopwatch)  # type: ignore[attr-defined]
-                        command.begin()
-                    trainer.fit(command.model, datamodule=command.datamodule)
-                    if command.run is not None:
-                        command.run.unlock()
-                measured.append(1000 * stopwatch.seconds_a_step)
-    ratios = [a / b for a, b in zip(milliseconds["as configured"], milliseconds["barebones"], strict=True)]
-    place = device(str(settings.trainer.accelerator))
-    if not log.rank():  # --devices N: the other ranks run this command too
-        print(f"milliseconds a step of {config}, {num_steps - untimed} steps a repetition; {place}")
-        print(table({**{name: (values, 3) for name, values in milliseconds.items()}, "ratio": (ratios, 3)}), flush=True)
-    named = {**milliseconds, "ratio": ratios}
-    return {"device": place, "num_steps": num_steps - untimed} | {
-        name: {**summary(values), "median": statistics.median(values), "values": values}
-        for name, values in named.items()
-    }
+            for kind, values in measured.items():
+                take_steps([*flags, "--trainer.default_root_dir", folder], num_steps, kind == "barebones", note)
+                values.append(1000 * (times[-1] - times[-2]) / (num_steps - untimed))
+    measured["ratio"] = [ours / bare for ours, bare in zip(*measured.values(), strict=True)]
+    place = device(str(given.accelerator))
+    title = f"milliseconds a step of {config}, {num_steps - untimed} steps a repetition; {place}"
+    rows = {kind: (values, 3) for kind, values in measured.items()}
+    return {"device": place, "num_steps": num_steps - untimed, **_figures(title, rows)}
+
+
+# ---- loader ----
 
 
 def _bench_loader(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
-    command = set_up(
-        flags, prog="python -m lit_cifar.bench", description="", logs=False, add_arguments=fit.add_arguments
-    )
+    command = set_up(flags, **OF_COMMAND, logs=False)
     data, model = command.datamodule, command.model
     data.prepare_data()
     data.setup("fit")
@@ -366,10 +406,10 @@ def _bench_loader(config: str, num_runs: int, flags: list[str]) -> dict[str, Any
             epoch += 1
         clock.wait_for(root)
         rates.append(num_images / (time.perf_counter() - started))
-    rates = rates[1:]  # the first warms up
-    print(f"images/s of {config}'s input pipeline, batch {data.batch_size}; {device(root.type)}")
-    print(table({"images/s": (rates, 0)}), flush=True)
-    return {"device": device(root.type), "dataset": data.dataset, "images/s": {**summary(rates), "values": rates}}
+    place = device(root.type)
+    title = f"images/s of {config}'s input pipeline, batch {data.batch_size}; {place}"
+    # the first warms up
+    return {"device": place, "dataset": data.dataset, **_figures(title, {"images/s": (rates[1:], 0)})}
 
 
 if __name__ == "__main__":

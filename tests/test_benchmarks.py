@@ -1,4 +1,5 @@
-"""benchmarks/gpu.py without a GPU: what it reads, how it shares its time, and that nothing ends it early."""
+"""benchmarks/gpu.py without a GPU: what it reads, how it shares its time, and that nothing ends it early; what
+run_airbench.py makes of a peer's script, and compare.py of what it printed."""
 
 import argparse
 import json
@@ -13,8 +14,10 @@ from helpers import ROOT, SHORT, make_tree
 
 sys.path.append(str(ROOT / "benchmarks"))
 
+import compare
 import gpu
 import gpu_parts
+import run_airbench
 
 # what cifar10_speedrun.py prints, its lines torn by carriage returns, and airbench94_muon.py, which names a run once
 HIVERGE = """\
@@ -268,3 +271,100 @@ def test_the_tests_for_a_gpu_can_be_run() -> None:
     )
     assert done.returncode == 0, done.stdout
     assert gpu.tests(done.stdout)["figures"] == "6 passed"
+
+
+# ---- peers on the CPU ----
+
+# built like airbench96_faster.py, with a proxy that is trained before the net
+FASTER = """
+import torch
+hyp = {'opt': {
+    'train_epochs': 45.0,
+}}
+def make_net(width):
+    net = torch.nn.Linear(4, width).half().cuda()
+    return net
+def train_proxy(model):
+    masks = []
+    for inputs in iter(lambda: torch.ones(2, 4, device='cuda').half(), None):
+        current_steps = len(masks)
+        masks.append(model(inputs))
+        current_steps += 1
+        if current_steps == hyp['opt']['train_epochs']:
+            break
+    return masks
+def main(run, model_proxy, model):
+    starter = torch.cuda.Event(enable_timing=True)
+    ender = torch.cuda.Event(enable_timing=True)
+    starter.record()
+    masks = iter(train_proxy(model_proxy))
+    current_steps = 0
+    for mask in masks:
+        logits = model(torch.ones(2, 4).half())
+        current_steps += 1
+    ender.record()
+    torch.cuda.synchronize()
+    assert logits.dtype in (torch.half, torch.float) and starter.elapsed_time(ender) > 0
+    print("|   |   eval  |     0.9875  |   0.93%02d  |       0.94%02d  |        2.%04d  |" % (run, run, run))
+    return 0.94
+if __name__ == "__main__":
+    model_proxy = make_net(3)
+    model = make_net(3)
+    model_proxy = torch.compile(model_proxy, mode='max-autotune')
+    model = torch.compile(model, mode='max-autotune')
+    accs = torch.tensor([main(run, model_proxy, model) for run in range(200)])
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "mixed"])
+def test_a_peers_script_runs_on_the_cpu_and_its_loops_are_told_apart(dtype: str) -> None:
+    source = run_airbench.edited(FASTER, dtype, 2, 9)
+    found = run_airbench.run(source, dtype, 0)
+    assert {loop: steps["num_steps"] for loop, steps in found["loops"].items()} == {"train_proxy": 18, "main": 18}
+    assert all(steps["median_seconds"] > 0 < steps["mean_seconds"] for steps in found["loops"].values())
+    assert found["accuracies"] == [0.94, 0.9401]
+    assert found["accuracies_without_tta"] == [0.93, 0.9301]
+    assert found["seconds"] == [2.0, 2.0001]
+    stopped = run_airbench.run(source, dtype, 5)
+    assert [steps["num_steps"] for steps in stopped["loops"].values()] == [5, 5], "both are timed, of the first run"
+    assert stopped["seconds"] == []
+
+
+def test_the_mean_step_is_of_whole_rounds_within_a_run() -> None:
+    # every fourth step of a run takes longer; the first one warms up, and runs are far apart
+    found = run_airbench.step_seconds([[7, 8, 9, 10, 14, 15], [1000, 1001, 1002, 1003, 1007]])
+    assert found == {"num_steps": 11, "median_seconds": 1, "mean_seconds": 7 / 4}
+    assert run_airbench.step_seconds([[7]])["mean_seconds"] == 0
+
+
+@pytest.mark.parametrize("script", ["print('hello')", FASTER.replace("range(200)", "some"), f"{FASTER}torch.cuda.x()"])
+def test_a_script_that_the_edits_do_not_fit_is_refused(script: str) -> None:
+    with pytest.raises(ValueError, match="not a version of the script that these edits are for"):
+        run_airbench.edited(script, "bfloat16", 1, None)
+
+
+def test_a_recipe_stands_beside_what_its_peer_printed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "airbench95-mixed.log").write_text(AIRBENCH[AIRBENCH.index("|  0  ") :])
+    ours = {"accuracy, %": [94.0, 94.2], "accuracy without TTA, %": [93.0, 93.0], "fit, s": [1.0], "test, s": [0.3]}
+    asked = []
+
+    def run_json(*command: object) -> dict[str, dict[str, list[float]]]:
+        asked.append(list(map(str, command)))
+        return {name: {"values": values} for name, values in ours.items()}
+
+    monkeypatch.setattr(compare, "run_json", run_json)
+    args = argparse.Namespace(runs=2, data_dir="data", precision="bf16-mixed", keep=Path("kept"), peers=tmp_path)
+    section = compare.SECTIONS["speedrun95"](args)
+    flags = ["--runs", "2", "--data_dir", "data", "--precision", "bf16-mixed", "--keep", str(Path("kept/speedrun95"))]
+    assert asked[0][2:] == ["configs/speedrun95.yaml", *flags]
+    text = "\n".join(section.lines())
+    peer = "(airbench95-mixed)"
+    for row in (
+        f"| accuracy, % | 94.10 (std 0.14, n = 2) | 94.01 (n = 1) {peer} | +0.09 points | no less | yes |",
+        f"| accuracy without TTA, % | 93.00 (std 0.00, n = 2) | 93.14 (n = 1) {peer} | -0.14 points | - | - |",
+        f"| fit and test, s | 1.30 (n = 1) | 2.60 (n = 1) {peer} | 0.500 | less | yes |",
+    ):
+        assert row in text
+    assert "| accuracy, % | 94.10 (std 0.14, n = 2) | - | - | - | - |" in "\n".join(
+        compare.SECTIONS["resnet18"](args).lines()
+    )
