@@ -28,8 +28,8 @@ if sys.platform == "win32":
 FLAGS = ["--config", "tutorial", "--dataset", "shapes", "--accelerator", "cpu"]
 BLOCK, NUM_BLOCKS = 50, 8  # one step in 50 is logged
 # In 30 tries beside 5 to 20 other processes on 2 cores (AMD EPYC): 0.98 to 1.16, and 0.63 to 0.86; with the work of
-# do_more in each step 1.30 to 1.49, and 0.84 to 1.08
-BOUNDS = {"by hand": 1.25, "barebones": 0.9}
+# half of what do_more does in each step 1.30 to 1.49, and 0.84 to 1.08
+BOUNDS = {"by hand": 1.4, "barebones": 1.1}  # wide: CPUs differ in what Python takes of a step
 
 
 def steps_by_hand() -> Iterator[float]:
@@ -86,7 +86,7 @@ def test_a_step_that_does_more_in_python_is_seen(slowed: tuple[type, str], monke
 
     def do_more(*args: Any) -> Any:
         total = 0
-        for number in range(13000):  # 0.3 ms where a step by hand takes 0.7
+        for number in range(26000):  # 0.6 ms where a step by hand takes 0.7
             total += number
         return function(*args)
 
