@@ -5,7 +5,7 @@ import argparse
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from types import UnionType
 from typing import IO, Any, NoReturn, Union, get_args, get_origin
@@ -23,6 +23,7 @@ from lit_cifar.cli.wording import gist, habit, in_words, plain
 from lit_cifar.errors import FlagParser, UserError, calls_chosen
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import TTA
+from lit_cifar.model.optim import OPTIONS
 from lit_cifar.run.trust import check_yaml
 from lit_cifar.text import escaped, nearest
 
@@ -161,14 +162,9 @@ class Parser(LightningArgumentParser):
                 return f"{where}: {found[2]}"
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
-            typed = found[1].split("=")[0]
-            if line := self._of_lightning_cli(typed[2:]):
-                return line
-            return f"unknown flag {typed}{nearest(typed, flags)}; --help lists the flags"
+            return unknown_flag(found[1], flags)
         if found := re.search(r"(?:Group '(\S+)' does not accept option|Option|[Kk]ey) '(\S+)'", message):
             key = f"{found[1]}.{found[2]}" if found[1] else found[2]
-            if line := self._of_lightning_cli(key):
-                return line
             near = nearest(key, [flag[2:] for flag in flags])
             where = "" if self.usage else " in the config; --print_config lists the keys"  # of a class, or of all
             return f"unknown key {key!r}{near}{where}"
@@ -183,18 +179,6 @@ class Parser(LightningArgumentParser):
         if found := re.search(r"^(.*?): Does not validate .* Subtypes: \[(.*?)\] Errors.* Given value: (.*)$", message):
             return f"{found[1]}: expected {plain(found[2])}, got {found[3]}"
         return message
-
-    @staticmethod
-    def _of_lightning_cli(key: str) -> str | None:
-        """The line that works, for those who know LightningCLI's own flags and keys."""
-        found = re.match(r"(optimizer|lr_scheduler)(\.|$)", key)
-        if not found:
-            return None
-        name, path = {
-            "optimizer": ("optimizer", "torch.optim.AdamW"),
-            "lr_scheduler": ("scheduler", "torch.optim.lr_scheduler.StepLR --model.scheduler.step_size 10"),
-        }[found[1]]
-        return f"{key!r} is a setting of the model here: --model.{name} {path}; in YAML, put {name}: under model:"
 
     def _as_typed(self, dotted: str) -> str:
         """The spelling of an option in this command line, or else its last."""
@@ -261,7 +245,7 @@ class Parser(LightningArgumentParser):
         """The settings as YAML, without defaults that YAML has no form for: they will be the defaults again."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f"\\s*{LOST}")
-            text: str = super().dump(cfg, **settings)
+            text: str = super().dump(cfg if settings.get("skip_default") else _with_numbers(cfg), **settings)
         return yaml.safe_dump(_plain_only(yaml.safe_load(text), cfg), sort_keys=False) if LOST in text else text
 
     def start_from(self, config: dict[str, Any]) -> None:
@@ -298,8 +282,26 @@ class NetParser(FlagParser):
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"unrecognized arguments: (-\S+)", message):
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            message = f"unknown flag {found[1]}{nearest(found[1], flags)}; --help lists the flags"
+            message = unknown_flag(found[1], flags)
         super().error(message)
+
+
+def _with_numbers(settings: Namespace) -> Namespace:
+    """Settings with the numbers that SGD takes where they leave them open; of another optimiser only the rate."""
+    settings = settings.clone()
+    largest = settings.get("model.scheduler.init_args.max_lr")  # one for each group, perhaps
+    of_optimizer = {"lr": settings.get("model.optimizer.init_args.lr")}
+    numbers = of_optimizer if settings.get("model.optimizer") else dict(OPTIONS)
+    numbers["lr"] = (largest[0] if isinstance(largest, list) else largest) or numbers["lr"]
+    for key, number in numbers.items():
+        if f"model.{key}" in settings and settings[f"model.{key}"] is None:
+            settings[f"model.{key}"] = number
+    return settings
+
+
+def unknown_flag(typed: str, known: Iterable[str]) -> str:
+    flag = typed.split("=")[0]
+    return f"unknown flag {flag}{nearest(flag, known)}; --help lists the flags"
 
 
 def _plain_only(value: Any, setting: Any) -> Any:
