@@ -640,12 +640,14 @@ def test_another_pipe_than_the_output_that_breaks_keeps_its_traceback() -> None:
 FEW = ["--dataset", "shapes", "--accelerator", "cpu", "--batch_size", "100", "--max_epochs", "1"]
 FEW += ["--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1", "--log_level", "warning"]
 ADAMW = ["--model.optimizer", "AdamW", "--model.scheduler", "StepLR", "--model.scheduler.step_size", "1"]
-LAST_RUN = Path("lightning_logs/version_0")
 
 
 def after_a_step(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     """Such as lines send people to write."""
-    parts: list[Any] = [torch.optim.lr_scheduler.ConstantLR(optimizer), torch.optim.lr_scheduler.LinearLR(optimizer)]
+    parts: list[torch.optim.lr_scheduler.LRScheduler] = [
+        torch.optim.lr_scheduler.ConstantLR(optimizer),
+        torch.optim.lr_scheduler.LinearLR(optimizer),
+    ]
     return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [1])
 
 

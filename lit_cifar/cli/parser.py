@@ -5,7 +5,7 @@ import argparse
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from types import UnionType
 from typing import IO, Any, NoReturn, Union, get_args, get_origin
@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_cifar.cli.configs import with_class
 from lit_cifar.cli.wording import gist, habit, in_words, plain
-from lit_cifar.errors import FlagParser, UserError, calls_chosen
+from lit_cifar.errors import FlagParser, UserError, calls_chosen, unknown_flag
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import TTA
 from lit_cifar.model.optim import OPTIONS
@@ -54,7 +54,6 @@ LOST = "Unable to serialize instance "  # what jsonargparse writes in place of a
 # such as the interval of Lightning's Timer, which is a default and no text
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
-MAX_ARGUMENT = 2**17  # characters, as many as Linux hands on
 MAX_LINE = 2000  # characters of a message; it may quote a setting
 
 
@@ -109,9 +108,7 @@ class Parser(LightningArgumentParser):
                 action.option_strings = [f"--{short}", *action.option_strings]
             self._option_string_actions[f"--{short}"] = action
             action.help = text
-        self._option_string_actions["--model"] = self._option_string_actions[
-            "--model_class"
-        ]  # in place of --model FILE
+        self._option_string_actions["--model"] = self._option_string_actions["--model_class"]  # no file of settings
 
     def keep_whole_numbers(self) -> None:
         """Lets 1 stay 1 where a setting takes shares and numbers: jsonargparse tries float first, and 1 means one batch
@@ -227,9 +224,6 @@ class Parser(LightningArgumentParser):
         Raises:
             UserError: they are wrong, or a path of ours is a URL.
         """
-        for arg in args:
-            if len(arg) > MAX_ARGUMENT:
-                raise UserError(f"{arg[:20]!r} ... has {len(arg):,} characters: give it in a file, with --config FILE")
         config: Namespace = self.parse_args(args)
         for key, value in list(config.items()):
             name = key.rsplit(".", 1)[-1]
@@ -279,12 +273,6 @@ class NetParser(FlagParser):
                 setattr(options, name, str(local_path(getattr(options, name), f"--{name}")))
         return options
 
-    def error(self, message: str) -> NoReturn:
-        if found := re.search(r"unrecognized arguments: (-\S+)", message):
-            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            message = unknown_flag(found[1], flags)
-        super().error(message)
-
 
 def _with_numbers(settings: Namespace) -> Namespace:
     """Settings with the numbers that SGD takes where they leave them open; of another optimiser only the rate."""
@@ -297,11 +285,6 @@ def _with_numbers(settings: Namespace) -> Namespace:
         if f"model.{key}" in settings and settings[f"model.{key}"] is None:
             settings[f"model.{key}"] = number
     return settings
-
-
-def unknown_flag(typed: str, known: Iterable[str]) -> str:
-    flag = typed.split("=")[0]
-    return f"unknown flag {flag}{nearest(flag, known)}; --help lists the flags"
 
 
 def _plain_only(value: Any, setting: Any) -> Any:
