@@ -357,7 +357,7 @@ def test_a_net_of_timm_trains_by_ddp_with_adamw_and_a_scheduler_and_goes_on_on_o
     done = run_command("lit_cifar.fit", *QUICK, *TIMM, *named, "--lr", "0.001", "--devices", "2", "--strategy", "ddp")
     assert done.returncode == 0, done.stderr
     assert results("version_0")["devices"] == 2
-    lit_cifar.test.main(["--ckpt_path", LAST, "--accelerator", "cpu", "--trainer.limit_test_batches", "1"])
-    one = ["--devices", "1", "--strategy", "auto"]
+    one = ["--devices", "1", "--strategy", "auto", "--accelerator", "cpu", "--trust", "true"]  # timm's is foreign code
+    lit_cifar.test.main(["--ckpt_path", LAST, *one, "--trainer.limit_test_batches", "1"])
     lit_cifar.fit.main(["--resume", "auto", *one, "--max_epochs", "2", "--trainer.max_steps", "4"])
     assert (results("version_0")["devices"], results("version_0")["num_steps"]) == (1, 4)

@@ -211,11 +211,14 @@ def test_each_trial_has_its_hyperparameters_on_tensorboard() -> None:
         ("lr", ["--model.scheduler", "StepLR", "--model.scheduler.step_size", "1"]),
         ("model.optimizer.weight_decay", ["--model.scheduler", "CosineAnnealingLR", "--model.scheduler.T_max", "2"]),
         # which the class must have: it is given, and trials have others
-        ("model.scheduler.max_lr", ["--model.scheduler", "OneCycleLR", "--model.scheduler.max_lr", "0.5"]),
+        (
+            "model.scheduler.max_lr",
+            ["--model.scheduler", "OneCycleLR", "--model.scheduler.max_lr", "0.5", "--model.lr", "null"],
+        ),
     ],
 )
 def test_settings_of_a_named_optimiser_and_scheduler_are_searched(key: str, flags: list[str]) -> None:
-    own = ["--model.lr", "null", "--model.momentum", "null", "--model.weight_decay", "null"]  # the recipe's are SGD's
+    own = ["--model.momentum", "null", "--model.weight_decay", "null"]  # the recipe's are SGD's
     search(f"{key}: {{low: 0.001, high: 0.01}}", 1, *FLAGS, "--model.optimizer", "torch.optim.AdamW", *own, *flags)
     trial = trial_of("version_0")
     ((dotted, value),) = trial["values"].items()
