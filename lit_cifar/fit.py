@@ -242,10 +242,10 @@ def _check_unchanged(then: dict[str, Any], now: dict[str, Any]) -> None:
     for section, keys in (("data", ORDER), ("model", ("optimizer", "scheduler", *(RATES if has_scheduler else ())))):
         for key in keys:
             after = now[section].get(key)
-            values = [then.get(section, {}).get(key, after), after]
+            before = then.get(section, {}).get(key, after)
             if key == "optimizer" and not has_scheduler:
-                values = [value["class_path"] if isinstance(value, dict) else value for value in values]
-            changed += changes(*values, f"--{section}.{key}")
+                before, after = (value["class_path"] if isinstance(value, dict) else value for value in (before, after))
+            changed += changes(before, after, f"--{section}.{key}")
     if changed:
         raise UserError(f"--resume: {', '.join(changed)}; a run goes on with what it began with: leave the flag out")
 

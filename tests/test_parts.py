@@ -246,8 +246,8 @@ def line_of(settings: dict[str, Any], *flags: str) -> str:
 
 
 REFUSED = {
-    "BackboneFinetuning": (made("BackboneFinetuning"), "should have a nn.Module `backbone` attribute"),
-    "BaseFinetuning": (made("BaseFinetuning"), "the callback BaseFinetuning failed"),
+    "BackboneFinetuning": (made("BackboneFinetuning"), "LitClassifier has no backbone"),
+    "BaseFinetuning": (made("BaseFinetuning"), "does nothing by itself"),
     "ModelPruning": (
         made("ModelPruning", pruning_fn="l1_unstructured", make_pruning_permanent=False),
         "make_pruning_permanent false",

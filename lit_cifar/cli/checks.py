@@ -6,7 +6,14 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+)
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -124,12 +131,8 @@ def check_training(trainer: Trainer, module: LitClassifier, data: CIFAR10DataMod
     num_ranks = 1 if trainer.strategy.root_device.type == "cuda" else trainer.world_size
     sizes = {batches.num_in_batch(batch) for batch in (0, max(0, len(batches) - 1))}
     module.check_training({share for size in sizes for share in (size // num_ranks, -(-size // num_ranks))})
-    if any(isinstance(one, ModelPruning) and not one._make_pruning_permanent for one in trainer.callbacks):  # type: ignore[attr-defined]
-        raise UserError(
-            "the callback ModelPruning: states with make_pruning_permanent false fit no net again: leave it out"
-        )
-    validates = bool(data.num_val and trainer.limit_val_batches)
-    check_monitors(trainer, module, data.classes, validates)
+    check_callbacks(trainer, module)
+    check_monitors(trainer, module, data.classes, validates=bool(data.num_val and trainer.limit_val_batches))
 
 
 def check_limits(trainer: Trainer, num_batches: dict[str, int]) -> None:
@@ -152,6 +155,26 @@ def check_limits(trainer: Trainer, num_batches: dict[str, int]) -> None:
                 f"--trainer.{name} {limit} of {num} batches is no batch: choose {1 / num:.3g} or more, "
                 "or a whole number of batches"
             )
+
+
+def check_callbacks(trainer: Trainer, module: LitClassifier) -> None:
+    """Checks that the module has what callbacks of Lightning's change in it.
+
+    Raises:
+        UserError: it has not, or what they leave could not be loaded again.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelPruning) and not callback._make_pruning_permanent:
+            raise UserError(
+                "the callback ModelPruning: states with make_pruning_permanent false fit no net again: leave it out"
+            )
+        if isinstance(callback, BackboneFinetuning) and not hasattr(module, "backbone"):
+            raise UserError(
+                f"the callback BackboneFinetuning: {type(module).__name__} has no backbone: train a class of your own "
+                "that has one, or a subclass of BaseFinetuning"
+            )
+        if type(callback) is BaseFinetuning:
+            raise UserError("the callback BaseFinetuning does nothing by itself: make it a subclass that does")
 
 
 def check_monitors(trainer: Trainer, module: LitClassifier, classes: tuple[str, ...], validates: bool) -> None:
