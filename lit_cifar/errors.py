@@ -5,12 +5,12 @@ import contextlib
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import CodeType, FunctionType
 from typing import NoReturn, TypeVar
 
 from lit_cifar.process import INTERRUPTED, ReaderGone, begin, interrupt, is_interrupted, leave, output_failed
-from lit_cifar.text import as_said, escaped, in_command
+from lit_cifar.text import as_said, escaped, in_command, nearest
 
 Function = TypeVar("Function", bound=Callable[..., object])
 MEMORY = (
@@ -74,7 +74,16 @@ class FlagParser(argparse.ArgumentParser):
     """Argparse with errors as UserError."""
 
     def error(self, message: str) -> NoReturn:
+        if found := re.search(r"unrecognized arguments: (\S+)", message):
+            message = unknown_flag(found[1], self._option_string_actions)
         raise UserError(message.removeprefix("argument "))
+
+
+def unknown_flag(typed: str, known: Iterable[str]) -> str:
+    """What is said of a word on the command line that no parser knows."""
+    flag = typed.split("=")[0]
+    near = nearest(flag, [name for name in known if name.startswith("--")])
+    return f"unknown {'flag' if flag[0] == '-' else 'argument'} {flag}{near}; --help lists the flags"
 
 
 def run(command: Callable[[list[str]], None], reader_gone: int = READER_GONE) -> NoReturn:

@@ -71,11 +71,11 @@ def main(args: list[str]) -> None:
         raise UserError(f"--half {output}: only .safetensors holds float16; leave --half out, or choose that format")
     check_output(output, WAY_OUT)
     form = FORMATS[output.suffix]
-    for package in form.packages:
-        try:
+    try:
+        for package in form.packages:
             importlib.import_module(package)
-        except ImportError:
-            raise UserError(f"{output.suffix} needs {package}: pip install 'lit_cifar[export]'") from None
+    except ImportError:
+        raise UserError(f"{output.suffix} needs {package}: pip install 'lit_cifar[export]'") from None
 
     net, classes = load(options.ckpt_path, options.tta, options.trust)
     state = read_checkpoint(Path(options.ckpt_path))
@@ -176,36 +176,24 @@ def _test_images(run: dict[str, Any], data_dir: str | None, dataset: str | None)
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences what exporters log about their own work."""
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _example() -> tuple[Tensor]:
-    return (torch.zeros(2, 3, 32, 32, dtype=torch.uint8),)  # two: from one, torch.export would take batches of one only
+        logging.disable(logging.NOTSET)
 
 
 def _any_batch() -> dict[str, Any]:
-    return {"images": {0: torch.export.Dim("batch")}}
+    """Arguments of exporters: images to trace with, two, for from one batches would be of one only; and what varies."""
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    return {"args": (images,), "dynamic_shapes": {"images": {0: torch.export.Dim("batch")}}}
 
 
 def _dump_onnx(net: Classifier, settings: dict[str, Any]) -> bytes:
     program = torch.onnx.export(
-        net,
-        _example(),
-        dynamo=True,
-        dynamic_shapes=_any_batch(),
-        input_names=["images"],
-        output_names=["logits"],
-        verbose=False,
+        net, **_any_batch(), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
     )
     assert program is not None
     proto = program.model_proto
@@ -224,7 +212,7 @@ def _read_onnx(data: bytes, net: Classifier) -> Predict:
 
 def _dump_program(net: Classifier, settings: dict[str, Any]) -> bytes:
     file = io.BytesIO()
-    program = torch.export.export(net, _example(), dynamic_shapes=_any_batch())
+    program = torch.export.export(net, **_any_batch())
     torch.export.save(program, file, extra_files={METADATA: json.dumps(settings)})
     return file.getvalue()
 

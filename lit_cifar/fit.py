@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import WeightAveraging  # noqa: E402
 from lit_cifar import clock, log  # noqa: E402
 from lit_cifar.cli import checks, finders, machine  # noqa: E402
 from lit_cifar.cli.command import CLI, set_up  # noqa: E402
+from lit_cifar.cli.configs import changes  # noqa: E402
 from lit_cifar.cli.parser import TRUST, Parser  # noqa: E402
 from lit_cifar.errors import UserError, calls_chosen  # noqa: E402
 from lit_cifar.files import check_place, read_whole, writing  # noqa: E402
@@ -32,11 +33,13 @@ from lit_cifar.results.report import peak_memory, print_report, write_results  #
 from lit_cifar.run.check import check_state  # noqa: E402
 from lit_cifar.run.folder import Run  # noqa: E402
 from lit_cifar.run.read import State, find_checkpoint, read_checkpoint  # noqa: E402
-from lit_cifar.text import in_command  # noqa: E402
+from lit_cifar.text import in_command, inherited  # noqa: E402
 
 SECTIONS = ("seed_everything", "trainer", "model_class", "model", "data", "checkpoint", "running_loss")  # of a config
 # what the end of a training run depends on
 LIMITS = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "callbacks")
+ORDER = ("dataset", "batch_size", "num_val", "drop_last")  # settings of data that the order of images follows from
+RATES = ("scheduler_interval", "lr", "momentum", "weight_decay", "nesterov", "groups")
 IMPORT_SECONDS = time.perf_counter() - _started
 
 
@@ -79,9 +82,9 @@ def prepare(command: CLI, *stages: str) -> None:
     command.model.trainer, command.trainer.datamodule = command.trainer, data  # type: ignore[attr-defined]
     if command.state:
         command.model.check_fits(command.state, data.classes)
-        _check_optimizer(command.state.config.get("model", {}), command.plain_config["model"])
+        _check_unchanged(command.state.config, command.plain_config)
         check_state(command.state, command.trainer, command.model)
-        _check_position(command.state, command.plain_config, len(data.train_batches()))
+        _check_position(command.state, len(data.train_batches()))
         _check_length(command.state, command.trainer)
     command.model.set_classes(data.classes)
     checks.check_training(command.trainer, command.model, data)
@@ -116,7 +119,7 @@ def train(command: CLI, started: float) -> dict[str, float]:
     gc.freeze()  # what is imported stays: searching it for garbage took 0.2 s before an epoch of 12,500 steps
     fit_started = time.perf_counter()
     try:
-        with machine.inherited(log.CHILD_VARIABLE, str(path or "")):
+        with inherited(log.CHILD_VARIABLE, str(path or "")):
             trainer.fit(command.model, datamodule=command.datamodule, ckpt_path=path, weights_only=True)
     finally:
         gc.unfreeze()  # or what an earlier run of this process left, its images among it, would stay for ever
@@ -227,48 +230,39 @@ def _earlier_seconds(run: Run, state: State | None) -> list[dict[str, float]]:
             results = json.loads(read_whole(run.results))
             if results["num_steps"] == state.step:
                 noted = results["seconds"].get("pieces", [results["seconds"]])
-    is_known = isinstance(noted, list) and all(isinstance(piece, dict) for piece in noted)
-    return [{key: _seconds(value) for key, value in piece.items()} for piece in noted] if is_known else []
+    if not (isinstance(noted, list) and all(isinstance(piece, dict) for piece in noted)):
+        return []
+    return [
+        {key: float(value) for key, value in piece.items() if type(value) in (int, float) and 0 <= value < 1e12}
+        for piece in noted
+    ]
 
 
-def _seconds(value: Any) -> float:
-    """A number of seconds that a file holds; 0 for anything else there."""
-    return float(value) if type(value) in (int, float) and 0 <= value < 1e12 else 0.0
+def _check_unchanged(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """What a run keeps: the order of its images, and the class of its optimiser. With a scheduler of the user's also
+    what that goes by: its state holds what it was made with, and torch restores it over what is wanted."""
+    models = then.get("model", {}), now["model"]
+    has_scheduler = all(model.get("scheduler") for model in models)
+    changed = list(changes(then.get("seed_everything", now["seed_everything"]), now["seed_everything"], "--seed"))
+    for section, keys in (("data", ORDER), ("model", ("optimizer", "scheduler", *(RATES if has_scheduler else ())))):
+        for key in keys:
+            after = now[section].get(key)
+            before = then.get(section, {}).get(key, after)
+            if key == "optimizer" and not has_scheduler:
+                before, after = (value["class_path"] if isinstance(value, dict) else value for value in (before, after))
+            changed += changes(before, after, f"--{section}.{key}")
+    if changed:
+        raise UserError(f"--resume: {', '.join(changed)}; a run goes on with what it began with: leave the flag out")
 
 
-def _check_position(state: State, config: dict[str, Any], num_batches: int) -> None:
-    """A position in an epoch means something only in the order and batches that it was counted in."""
-    then = state.config
-    before = {**then.get("data", {}), "seed": then.get("seed_everything", config["seed_everything"])}
-    now = {**config["data"], "seed": config["seed_everything"]}
-    for key in ("dataset", "batch_size", "num_val", "drop_last", "seed"):
-        if before.get(key, now[key]) != now[key]:
-            raise UserError(
-                f"--resume: --{key} was {before[key]} and is now {now[key]}; "
-                "a run goes on with what it began with: leave the flag out"
-            )
+def _check_position(state: State, num_batches: int) -> None:
+    """A position in an epoch means something only in the batches that it was counted in."""
     (position,) = state["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     if position["batch"] > num_batches:
         raise UserError(
             f"--resume: the checkpoint has {position['batch']} batches of an epoch behind it, which has {num_batches} "
             "now: use the data that the run began with"
         )
-
-
-def _check_optimizer(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """The state of a scheduler of the user's holds what it was made with, and torch restores it over what is wanted."""
-    keys = ["optimizer", "scheduler"]
-    if before.get("scheduler") and now.get("scheduler"):
-        keys += ["scheduler_interval", "lr", "momentum", "weight_decay", "nesterov", "groups"]
-    for key in keys:
-        values = [settings.get(key) for settings in (before, now)]
-        if key == "optimizer" and len(keys) == 2:  # of which the rest can be changed
-            values = [value["class_path"] if isinstance(value, dict) else value for value in values]
-        if values[0] != values[1]:
-            raise UserError(
-                f"--resume: --model.{key} was {values[0]} and is now {values[1]}; with an optimiser or a scheduler of "
-                "torch a run goes on with what it began with: leave the flag out"
-            )
 
 
 def _results(command: CLI, tested: str | None, seconds: dict[str, Any]) -> dict[str, Any]:

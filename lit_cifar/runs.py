@@ -64,10 +64,7 @@ def main(args: list[str]) -> None:
         help=f"one of {', '.join(SORT_KEYS)} (default: version); the best accuracy and the newest run come first",
     )
     parser.add_argument("--json", action="store_true", help="one JSON array with complete values")
-    options, unknown = parser.parse_known_args(args)
-    if unknown:
-        flags = ("--sort", "--json", "--help")
-        raise UserError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}; see --help")
+    options = parser.parse_args(args)
     if options.sort not in SORT_KEYS:
         raise UserError(
             f"--sort: expected one of {', '.join(SORT_KEYS)}, got {options.sort}{nearest(options.sort, SORT_KEYS)}"

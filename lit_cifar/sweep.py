@@ -1,5 +1,5 @@
 """`python -m lit_cifar.sweep CONFIG --study STUDY --trials N`: searches settings with Optuna. fit.py trains and
-tests; cli/space.py reads what is searched, and cli/study.py keeps the trials."""
+tests; cli/study.py reads what is searched, and keeps the trials."""
 
 from lit_cifar import process
 
@@ -24,15 +24,18 @@ from torch.utils.tensorboard.summary import hparams
 from lit_cifar import fit
 from lit_cifar.cli import machine
 from lit_cifar.cli.command import CLI, set_up
-from lit_cifar.cli.configs import find_config, recipes
+from lit_cifar.cli.configs import find_config, flag_text, recipes
 from lit_cifar.cli.parser import Parser
-from lit_cifar.cli.space import Values, corners, distribution, flag_text, read_space
 from lit_cifar.cli.study import (
+    Values,
     best_config,
     check_unchanged,
+    corners,
+    distribution,
     import_optuna,
     mark_killed,
     open_study,
+    read_space,
     trials_of,
     write_trial,
 )
@@ -42,7 +45,7 @@ from lit_cifar.model.module import LitClassifier
 from lit_cifar.run.folder import RUNS, Run
 from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.stop import Stopped
-from lit_cifar.text import columns, in_command, printable
+from lit_cifar.text import in_command, printable
 from lit_cifar.training.dashboard import hyperparameters
 
 if TYPE_CHECKING:
@@ -63,7 +66,6 @@ def main(args: list[str]) -> None:
     sweep.check()
     with open_study(sweep.storage) as sweep.study:
         sweep.run_trials()
-        sweep.print_trials()
         sweep.finish()
 
 
@@ -115,10 +117,8 @@ class Sweep:
             UserError: something is.
         """
         self._check_recipe()
-        for key in self.space:
-            option = self.base.parser.option(key)
-            flag = self.base.parser.typed_as(option.option_strings if option else [f"--{key}"])
-            if flag is not None:
+        for option in filter(None, map(self.base.parser.option, self.space)):  # a class may need its settings given
+            if flag := self.base.parser.typed_as(option.option_strings):
                 raise UserError(f"{flag} is given and searched by {self.file}: leave one of them out")
         import_optuna()
         try:
@@ -157,13 +157,15 @@ class Sweep:
         distributions = {key: distribution(entry) for key, entry in self.space.items()}
         done = trials_of(self.study)
         print(f"sweep {self.storage}: {len(done)} of {self.num_trials} trials are done", flush=True)
+        for trial in done:
+            self._print(trial)
         for index in range(len(done), self.num_trials):
             # a sampler for each trial, so that its draws depend on the seed and the trials before, and not on how often
             # the sweep was killed
             seed = np.random.SeedSequence([self.base.plain_config["seed_everything"], index]).generate_state(1)[0]
             self.study.sampler = optuna.samplers.TPESampler(seed=int(seed))
             self._run_trial(self.study.ask(distributions), index + 1)
-            self._print_newest()
+            self._print(trials_of(self.study)[-1])
             gc.collect()  # a Trainer and its module refer to one another
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -220,27 +222,14 @@ class Sweep:
             if command.run is not None:
                 command.run.unlock()
 
-    def _print_newest(self) -> None:
-        trials = trials_of(self.study)
-        trial = trials[-1]
+    def _print(self, trial: "FrozenTrial") -> None:
         record = trial.user_attrs["trial"]
-        parts = [f"trial {len(trials):>{len(str(self.num_trials))}} of {self.num_trials}", f"{record['state']:<8}"]
+        parts = [f"trial {record['trial']:>{len(str(self.num_trials))}} of {self.num_trials}", f"{record['state']:<8}"]
         parts += [f"{_percent(record['accuracy']):>7}", f"{record['seconds']['total']:.1f} s"]
-        parts += [f"{key} {_cell(value)}" for key, value in trial.params.items()]
+        for key, value in trial.params.items():
+            parts.append(f"{key} {f'{value:.4g}' if isinstance(value, float) else printable(flag_text(value))}")
         parts += [record.get("run", "no run"), *([record["reason"]] if "reason" in record else [])]
         print("  ".join(parts), flush=True)
-
-    def print_trials(self) -> None:
-        """Prints a table of all trials."""
-        headings = ["trial", "state", "val accuracy", "validations", "seconds", *self.space, "run"]
-        rows = [headings]
-        for trial in trials_of(self.study):
-            record = trial.user_attrs["trial"]
-            cells = [str(record["trial"]), record["state"], _percent(record["accuracy"])]
-            cells += [str(record["num_validations"]), f"{record['seconds']['total']:.1f}"]
-            cells += [_cell(trial.params[key]) for key in self.space]
-            rows.append([*cells, Path(record.get("run", "-")).name])
-        print(f"\n{columns(rows, right=[i for i in range(len(headings) - 1) if i != 1])}")
 
     def finish(self) -> None:
         """Writes the best trial's config beside the storage, and tests that trial unless it was tested before.
@@ -315,7 +304,8 @@ class _Judge(Callback):
         write_trial(self.record)
         chosen = hyperparameters(pl_module.config)
         # most are there by their short name
-        more = {key: value for key, value in self.trial.params.items() if key.rsplit(".", 1)[-1] not in chosen}
+        params = self.trial.params.items()
+        more = {key: value for key, value in params if str(chosen.get(key.rsplit(".", 1)[-1])) != str(value)}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):  # which finds the value where each validation logs it
                 for summary in hparams(chosen | more, {"val/accuracy": 0.0}):
@@ -332,10 +322,6 @@ class _Judge(Callback):
         ends_anyway = trainer.current_epoch + 1 == trainer.max_epochs
         if not ends_anyway and self.trial.should_prune():
             self.pruned = trainer.should_stop = True
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else printable(flag_text(value))
 
 
 def _percent(accuracy: float | None) -> str:

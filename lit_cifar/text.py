@@ -2,6 +2,7 @@
 stand where they are printed."""
 
 import difflib
+import functools
 import os
 import re
 import shutil
@@ -65,14 +66,18 @@ def nearest(typed: str, known: Iterable[str]) -> str:
 
 
 @contextmanager
-def in_command() -> Iterator[None]:
-    """Around the main function of a command: `as_said` keeps flags."""
-    before = os.environ.get(COMMAND_VARIABLE)
-    os.environ[COMMAND_VARIABLE] = "1"
+def inherited(variable: str, value: str) -> Iterator[None]:
+    """Within it, this process and those that it starts find a variable in their environment."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
     try:
         yield
     finally:
-        os.environ.pop(COMMAND_VARIABLE) if before is None else os.environ.update({COMMAND_VARIABLE: before})
+        os.environ.pop(variable, None) if before is None else os.environ.update({variable: before})
+
+
+# around the main function of a command: `as_said` keeps flags
+in_command = functools.partial(inherited, COMMAND_VARIABLE, "1")
 
 
 def is_command() -> bool:

@@ -633,3 +633,73 @@ def test_another_pipe_than_the_output_that_breaks_keeps_its_traceback() -> None:
             errors.run(write_to_a_broken_pipe)
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+# ---- optimisers and schedulers of torch ----
+
+FEW = ["--dataset", "shapes", "--accelerator", "cpu", "--batch_size", "100", "--max_epochs", "1"]
+FEW += ["--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1", "--log_level", "warning"]
+ADAMW = ["--model.optimizer", "AdamW", "--model.scheduler", "StepLR", "--model.scheduler.step_size", "1"]
+
+
+def after_a_step(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Such as lines send people to write."""
+    parts: list[torch.optim.lr_scheduler.LRScheduler] = [
+        torch.optim.lr_scheduler.ConstantLR(optimizer),
+        torch.optim.lr_scheduler.LinearLR(optimizer),
+    ]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [1])
+
+
+@pytest.mark.parametrize("path", ["", "torch.optim.lr_scheduler."])
+@pytest.mark.parametrize("name", ["SequentialLR", "ChainedScheduler"])
+def test_schedulers_made_of_others_are_made_by_a_function_that_is_named(name: str, path: str) -> None:
+    made_of = {"class_path": f"{path}{name}", "init_args": {"schedulers": ["LinearLR"], "milestones": [1]}}
+    Path("config.yaml").write_text(yaml.safe_dump({"model": {"scheduler": made_of}}))
+    for flags in (["--model.scheduler", f"{path}{name}"], ["--config", "config.yaml"]):
+        line = error_of(lit_cifar.fit.main, [*FEW, *flags])
+        assert "name a function of your own that makes it" in line
+        assert "schedulers VALUE" not in line
+
+
+def test_a_function_that_makes_a_scheduler_is_named() -> None:
+    assert make_cli([*FEW, "--model.scheduler", "test_cli.after_a_step"]).model._scheduler is after_a_step
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--model.optimizer", "AdamW"],
+        ["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01"],
+        ["--model.scheduler", "OneCycleLR", "--model.scheduler.max_lr", "0.1"],
+    ],
+    ids=" ".join,
+)
+def test_a_printed_config_has_the_numbers_that_are_trained_with(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = yaml.safe_load(print_config(*FEW, *flags, capsys=capsys))["model"]
+    command = CLI([*FEW, *flags], prog="test", description="")
+    used = command.plain_config["model"]
+    assert isinstance(used["lr"], float)
+    for key in ("lr", "momentum", "weight_decay", "nesterov"):
+        assert printed[key] == used[key]
+
+
+def test_what_a_resumed_run_cannot_change_is_said_as_flags() -> None:
+    lit_cifar.fit.main([*FEW, *ADAMW])
+    for flags, words in (
+        (["--model.scheduler.gamma", "0.3"], "--model.scheduler.gamma was 0.1 and is now 0.3; a run goes on"),
+        (["--lr", "0.3"], "--model.lr was 0.001 and is now 0.3; a run goes on"),
+        (["--model.optimizer", "Adam"], "--model.optimizer was torch.optim.AdamW and is now torch.optim.Adam; a run"),
+        (["--model.optimizer.eps", "0.5", "--seed", "1"], "--seed was 0 and is now 1, --model.optimizer.eps was 1e-08"),
+        (
+            ["--model.scheduler", "null"],
+            "--model.scheduler was torch.optim.lr_scheduler.StepLR and is now nothing; a run",
+        ),
+    ):
+        line = error_of(lit_cifar.fit.main, ["--resume", "auto", *flags])
+        assert line.startswith("--resume: --")
+        assert words in line
+        assert "{" not in line

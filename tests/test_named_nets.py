@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import SHORT, assert_same_run, error_of, make_tree, results, weights
+from helpers import SHORT, Run, assert_same_run, error_of, make_tree, results, weights
 from torch import Tensor, nn
 
 import lit_cifar.export
@@ -348,3 +348,16 @@ def test_a_transformer_of_timm_is_told_the_size_and_takes_it() -> None:
     assert "set --model.net.img_size 32" in error_of(lit_cifar.fit.main, [*QUICK, *flags])
     lit_cifar.fit.main([*QUICK, *flags, "--model.net.img_size", "32"])
     assert net_of()["dict_kwargs"] == {"img_size": 32, "num_classes": 10}
+
+
+@pytest.mark.slow
+def test_a_net_of_timm_trains_by_ddp_with_adamw_and_a_scheduler_and_goes_on_on_one_device(run_command: Run) -> None:
+    pytest.importorskip("timm", reason="timm is not installed: pip install 'lit_cifar[timm]'")
+    named = ["--model.optimizer", "AdamW", "--model.scheduler", "StepLR", "--model.scheduler.step_size", "1"]
+    done = run_command("lit_cifar.fit", *QUICK, *TIMM, *named, "--lr", "0.001", "--devices", "2", "--strategy", "ddp")
+    assert done.returncode == 0, done.stderr
+    assert results("version_0")["devices"] == 2
+    one = ["--devices", "1", "--strategy", "auto", "--accelerator", "cpu", "--trust", "true"]  # timm's is foreign code
+    lit_cifar.test.main(["--ckpt_path", LAST, *one, "--trainer.limit_test_batches", "1"])
+    lit_cifar.fit.main(["--resume", "auto", *one, "--max_epochs", "2", "--trainer.max_steps", "4"])
+    assert (results("version_0")["devices"], results("version_0")["num_steps"]) == (1, 4)

@@ -678,19 +678,19 @@ STEP_LR = ["--model.scheduler", "StepLR", "--model.scheduler.step_size", "2"]
         (["--model.optimizer", "torch.nn.Linear"], "torch.nn.Linear is not declared as a subclass of"),
         (["--model.optimizer", "os.system"], "os.system is not declared as a function that returns Optimizer"),
         (["--model.optimizer", "torch.optim.AdamX"], "--model.optimizer: module 'torch.optim' has no attribute"),
-        (["--model.scheduler", "SequentialLR"], "add --model.scheduler.schedulers VALUE"),
-        (["--model.scheduler", "ChainedScheduler"], "--model.scheduler cannot be made"),
+        (["--model.scheduler", "SequentialLR"], "name a function of your own that makes it"),
+        (["--model.scheduler", "ChainedScheduler"], "name a function of your own that makes it"),
         (["--model.scheduler", "LambdaLR"], "add --model.scheduler.lr_lambda VALUE"),
         (["--model.scheduler", "ReduceLROnPlateau"], "torch.optim.lr_scheduler.ReduceLROnPlateau"),
         (["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.1", "--lr", "0.2"], "contradict each other"),
         ([*STEP_LR, "--model.schedule", "cosine"], "takes the place of --model.schedule"),
         (
             PLATEAU,
-            "--model.scheduler_monitor val/loss is not logged: choose one of train/loss; without validation",
+            "--model.scheduler_monitor there is no val/loss without validation: add --data.num_val 5000",
         ),
         (
             [*PLATEAU, "--data.num_val", "100", "--model.scheduler_monitor", "val/acc"],
-            "--model.scheduler_monitor val/acc is not logged: choose one of train/loss, val/loss, val/accuracy",
+            "--model.scheduler_monitor val/acc is not logged: choose one of train/loss, val/accuracy, val/loss",
         ),
         (
             [*CYCLE, "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateFinder"],

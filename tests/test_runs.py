@@ -184,7 +184,7 @@ def test_results_of_before_recipes_were_recorded_are_listed(capsys: pytest.Captu
         (["missing"], ["no runs in missing"]),
         (["notes.txt"], ["no runs in notes.txt"]),
         (["--sort", "acuracy"], ["--sort", "did you mean accuracy?"]),
-        (["--jsn"], ["unknown argument --jsn", "did you mean --json?"]),
+        (["--jsn"], ["unknown flag --jsn", "did you mean --json?"]),
         (["--sort"], ["--sort", "expected one argument"]),
         (["a", "b"], ["unknown argument b"]),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 from helpers import ROOT, assert_same_run, results, scalars, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,8 +21,7 @@ import lit_cifar.fit
 from lit_cifar import runs, sweep
 from lit_cifar.cli.command import CLI
 from lit_cifar.cli.parser import Parser
-from lit_cifar.cli.space import distribution, read_space
-from lit_cifar.cli.study import STUDY
+from lit_cifar.cli.study import STUDY, distribution, read_space
 from lit_cifar.data import shapes
 from lit_cifar.data.split import Split
 from lit_cifar.errors import UserError
@@ -203,6 +203,38 @@ def test_each_trial_has_its_hyperparameters_on_tensorboard() -> None:
     experiment = plugin_data_pb2.HParamsPluginData.FromString(session["_hparams_/experiment"]).experiment
     assert "val/accuracy" in [info.name.tag for info in experiment.metric_infos]
     assert events.Scalars("val/accuracy")
+
+
+@pytest.mark.parametrize(
+    ("key", "flags"),
+    [
+        ("lr", ["--model.scheduler", "StepLR", "--model.scheduler.step_size", "1"]),
+        ("model.optimizer.weight_decay", ["--model.scheduler", "CosineAnnealingLR", "--model.scheduler.T_max", "2"]),
+        # which the class must have: it is given, and trials have others
+        (
+            "model.scheduler.max_lr",
+            ["--model.scheduler", "OneCycleLR", "--model.scheduler.max_lr", "0.5", "--model.lr", "null"],
+        ),
+    ],
+)
+def test_settings_of_a_named_optimiser_and_scheduler_are_searched(key: str, flags: list[str]) -> None:
+    own = ["--model.momentum", "null", "--model.weight_decay", "null"]  # the recipe's are SGD's
+    search(f"{key}: {{low: 0.001, high: 0.01}}", 1, *FLAGS, "--model.optimizer", "torch.optim.AdamW", *own, *flags)
+    trial = trial_of("version_0")
+    ((dotted, value),) = trial["values"].items()
+    assert trial["state"] == "complete"
+    assert 0.001 <= value <= 0.01
+    model = yaml.safe_load(Path("lightning_logs/version_0/config.yaml").read_text())["model"]
+    *sections, last = dotted.removeprefix("model.").split(".")
+    found = model[sections[0]]["init_args"][last] if sections else model[last]
+    assert found == value
+    events = EventAccumulator("lightning_logs/version_0")
+    events.Reload()
+    session = events.PluginTagToContent("hparams")
+    start = plugin_data_pb2.HParamsPluginData.FromString(session["_hparams_/session_start_info"]).session_start_info
+    assert value in [shown.number_value for shown in start.hparams.values()]
+    lit_cifar.fit.main(["--config", "lightning_logs/sweeps/tutorial-space.best.yaml"])
+    assert_same_run("version_0", "version_1")
 
 
 # Optuna leaves a connection open where a file is no database; Python 3.13 and later warn of it

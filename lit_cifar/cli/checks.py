@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ModelPruning,
 )
-from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -26,7 +25,6 @@ from lit_cifar.run.save import Checkpoints
 from lit_cifar.run.write import DurableCheckpointIO
 from lit_cifar.text import printable
 
-LARGEST_SEED = 2**32 - 1  # of numpy's
 # smallest value of settings that Lightning divides by or compares with, whatever they are
 SMALLEST = {
     "accumulate_grad_batches": 1,
@@ -38,16 +36,6 @@ SMALLEST = {
     "min_steps": 0,
 }
 NUM_NAMES = 12  # of logged values, in a message
-
-
-def check_seed(seed: int) -> None:
-    """Checks that a seed is one for numpy too.
-
-    Raises:
-        UserError: it is out of range.
-    """
-    if not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"--seed {seed} is out of range: choose 0 to {LARGEST_SEED}")
 
 
 def check_ranges(settings: Any) -> None:
@@ -102,20 +90,6 @@ def check_port() -> None:
         raise UserError(f"MASTER_PORT={printable(port)} is no port: unset it, or choose a number from 1 to 65535")
 
 
-def check_bars(settings: Any, callbacks: list[Any]) -> bool:
-    """Whether a progress bar is among the callbacks, which takes the place of this package's.
-
-    Raises:
-        UserError: there is one, and bars are switched off.
-    """
-    bars = [type(callback).__name__ for callback in callbacks if isinstance(callback, AnyProgressBar)]
-    if bars and settings["enable_progress_bar"] is False:
-        raise UserError(
-            f"--trainer.enable_progress_bar false and the callback {bars[0]} contradict each other: drop one"
-        )
-    return bool(bars)
-
-
 def with_writer(plugins: list[Any]) -> list[Any]:
     """The Trainer's plugins with the one that writes states, alone or within AsyncCheckpointIO.
 
@@ -159,32 +133,7 @@ def check_training(trainer: Trainer, module: LitClassifier, data: CIFAR10DataMod
     sizes = {batches.num_in_batch(batch) for batch in (0, max(0, len(batches) - 1))}
     check_net(module, {share for size in sizes for share in (size // num_ranks, -(-size // num_ranks))})
     check_callbacks(trainer, module)
-    validates = bool(data.num_val and trainer.limit_val_batches)
-    check_monitors(trainer, module, data.classes, validates)
-    if module.has_own_optimizer:
-        check_scheduler(module.configure_optimizers(), data.classes, validates)
-
-
-def check_scheduler(configured: Any, classes: tuple[str, ...], validates: bool) -> None:
-    """Checks that the value which a scheduler follows will be there.
-
-    Args:
-        configured: the optimiser and the scheduler, as the Trainer takes them.
-        classes: names of the classes.
-        validates: whether there are validation images.
-
-    Raises:
-        UserError: it will not.
-    """
-    watched = configured["lr_scheduler"].get("monitor") if isinstance(configured, dict) else None
-    names = ["val/loss", "val/accuracy", "val/calibration_error", *(f"val/accuracy/{name}" for name in classes)]
-    names = ["train/loss", *(names if validates else [])]
-    if watched is not None and watched not in names:
-        way_out = "" if validates else "; without validation there is no other: add --data.num_val 5000"
-        raise UserError(
-            f"--model.scheduler_monitor {printable(watched)} is not logged: choose one of "
-            f"{', '.join(map(printable, names[:NUM_NAMES]))}{way_out}"
-        )
+    check_monitors(trainer, module, data.classes, validates=bool(data.num_val and trainer.limit_val_batches))
 
 
 def check_limits(trainer: Trainer, num_batches: dict[str, int]) -> None:
@@ -230,7 +179,8 @@ def check_callbacks(trainer: Trainer, module: LitClassifier) -> None:
 
 
 def check_monitors(trainer: Trainer, module: LitClassifier, classes: tuple[str, ...], validates: bool) -> None:
-    """Checks that what callbacks watch will be there; where somebody's own code may log it, nothing is known.
+    """Checks that what a scheduler and callbacks watch will be there; where somebody's own code may log it, nothing is
+    known.
 
     Args:
         trainer: with all its callbacks.
@@ -239,27 +189,30 @@ def check_monitors(trainer: Trainer, module: LitClassifier, classes: tuple[str, 
         validates: whether there are validation images.
 
     Raises:
-        UserError: a callback watches a value that will not be there.
+        UserError: one watches a value that will not be there.
     """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    packages = {type(callback).__module__.split(".")[0] for callback in callbacks}
-    if not packages <= {"lightning", "lit_cifar"} or any(isinstance(one, LearningRateMonitor) for one in callbacks):
-        return
-    if type(module) is not LitClassifier:
-        return
-    of_training = ["train/loss", "train/gradient_norm", *(f"lr/{group['name']}" for group in module.settings())]
     of_validation = ["val/accuracy", "val/loss", "val/calibration_error", *(f"val/accuracy/{name}" for name in classes)]
     of_validation = of_validation if validates else []
-    for callback in callbacks:
-        watched = getattr(callback, "monitor", None)
-        watches = (isinstance(callback, EarlyStopping) and callback.strict) or isinstance(callback, ModelCheckpoint)
-        watches = watches or (isinstance(callback, Checkpoints) and validates)
-        ours = isinstance(callback, Checkpoints)
-        names = of_validation if ours else [*of_training, *of_validation]
-        if not watches or watched is None or watched in names:
+    watched: list[tuple[str, Any, list[str]]] = []  # by whom, what, of which
+    configured: Any = module.configure_optimizers() if module.has_own_optimizer else None
+    if isinstance(configured, dict):
+        value = configured["lr_scheduler"].get("monitor")
+        watched.append(("--model.scheduler_monitor", value, ["train/loss", *of_validation]))
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    packages = {type(callback).__module__.split(".")[0] for callback in callbacks}
+    logs_more = any(isinstance(callback, LearningRateMonitor) for callback in callbacks)
+    if packages <= {"lightning", "lit_cifar"} and type(module) is LitClassifier and not logs_more:
+        rates = [f"lr/{group['name']}" for group in module.settings()]
+        for callback in callbacks:
+            if isinstance(callback, Checkpoints) and validates:
+                watched.append(("--checkpoint.monitor", callback.monitor, of_validation))
+            if isinstance(callback, ModelCheckpoint) or (isinstance(callback, EarlyStopping) and callback.strict):
+                logged = ["train/loss", "train/gradient_norm", *rates, *of_validation]
+                watched.append((f"the callback {type(callback).__name__}:", callback.monitor, logged))
+    for who, value, names in watched:
+        if value is None or value in names:
             continue
-        who = "--checkpoint.monitor" if ours else f"the callback {type(callback).__name__}:"
-        if not validates and str(watched).startswith("val"):
-            raise UserError(f"{who} there is no {watched} without validation: add --data.num_val 5000")
+        if not validates and str(value).startswith("val"):
+            raise UserError(f"{who} there is no {printable(value)} without validation: add --data.num_val 5000")
         shown = ", ".join(map(printable, names[:NUM_NAMES])) + (", ..." if len(names) > NUM_NAMES else "")
-        raise UserError(f"{who} {watched} is not among the values that are logged: choose one of {shown}")
+        raise UserError(f"{who} {printable(value)} is not logged: choose one of {shown}")

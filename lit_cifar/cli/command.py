@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.callbacks import SpikeDetection
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
@@ -25,6 +26,7 @@ from lit_cifar.cli.parser import Parser
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model.module import LitClassifier
+from lit_cifar.model.ranges import Seed
 from lit_cifar.run.chosen import make_loggers
 from lit_cifar.run.folder import Run
 from lit_cifar.run.read import State, read_checkpoint
@@ -117,7 +119,7 @@ class CLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, Parser)
-        parser.add_argument("--seed_everything", type=int, default=0)
+        parser.add_argument("--seed_everything", type=Seed, default=0)
         parser.add_argument("--model_class", type=str, default=None)
         before = {action.dest for action in parser._actions}
         parser.add_argument(
@@ -146,9 +148,7 @@ class CLI(LightningCLI):
             self.config = self._read(parser, args)
         except UserError:
             raise
-        except RecursionError:
-            raise UserError("the settings are nested too deeply: give them without so many brackets") from None
-        except (AttributeError, ValueError) as error:  # of jsonargparse: a null byte
+        except (AttributeError, ValueError, RecursionError) as error:  # of jsonargparse: a null byte, many brackets
             raise UserError(f"the settings cannot be read ({error}); --print_config shows how they look") from error
         self.options: dict[str, Any] = {key: self.config.pop(key, None) for key in parser.of_command}
 
@@ -196,14 +196,12 @@ class CLI(LightningCLI):
         Raises:
             UserError: the settings do not go together, or not with this machine.
         """
-        checks.check_seed(self.config["seed_everything"])
         super()._set_seed()
         self.run = self._find_run()
         data = self._set_num_classes()
         if self.state:
             finders.keep_found(self.config, self._base)
-        self.config_text = self.parser.dump(self.config, skip_unset=False)
-        self.plain_config: dict[str, Any] = yaml.safe_load(self.config_text)
+        self.plain_config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         config, self.config = self.config, self.config.clone()
         self._loggers = self.config["trainer"].pop("logger")
         super().instantiate_classes()
@@ -212,13 +210,10 @@ class CLI(LightningCLI):
         self.datamodule.trainer = self.trainer
         self.model.config = self.plain_config
         self.model.note_settings()
-        self.config_text = yaml.safe_dump(self.plain_config, sort_keys=False, allow_unicode=True)
         self.model.recipe = (self.state and self.state.recipe) or _recipe(self.config.get("config"))
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (Checkpoints, Progress)):
                 callback.run = self.run
-            if isinstance(callback, OpenRun):
-                callback.config = self.config_text
 
     def _find_run(self) -> Run | None:
         settings = self.config["trainer"]
@@ -243,30 +238,31 @@ class CLI(LightningCLI):
         config = self.config_init["trainer"]
         checks.check_ranges(config)
         checks.check_mps(config)
-        has_bar = checks.check_bars(config, _as_list(config["callbacks"]))
-        overrides: dict[str, Any] = {}
+        callbacks: list[Any] = [*finders.as_list(config["callbacks"])]
+        has_bar = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
+        plugins = checks.with_writer(finders.as_list(config["plugins"]))
+        # without a logger until the run has a folder, see begin()
+        overrides: dict[str, Any] = {"callbacks": callbacks, "plugins": plugins, "logger": False}
         if config["enable_progress_bar"] is None:
             overrides["enable_progress_bar"] = has_bar or log.is_terminal(sys.stdout)
         if config["benchmark"] is None and not config["deterministic"]:
             overrides["benchmark"] = True  # of cuDNN: batches have few shapes, each of which is tried out once
         if not self.config["data"]["num_val"]:
             overrides["limit_val_batches"] = 0
-        ours = [finders.Found(self.run), DeviceShapes(), Dashboard(self._command)]
-        overrides["callbacks"] = [*_as_list(config["callbacks"]), *ours]
+        callbacks += [finders.Found(self.run), DeviceShapes(), Dashboard(self._command)]
         if self.run is not None:
-            overrides["callbacks"].insert(0, OpenRun(self.run, self.config_text))
-        if self._has_several_devices(config):
+            callbacks.insert(0, OpenRun(self.run, self.plain_config))
+        has_several_devices = self._has_several_devices(config)
+        if has_several_devices:
             checks.check_port()
-            overrides["callbacks"].append(SlowRank())
+            callbacks.append(SlowRank())
         if overrides.get("enable_progress_bar", config["enable_progress_bar"]) and not has_bar:
-            overrides["callbacks"].append(ProgressBar())
-        overrides["plugins"] = checks.with_writer(_as_list(config["plugins"]))
+            callbacks.append(ProgressBar())
         slurm = None
-        if not any(isinstance(plugin, ClusterEnvironment) for plugin in overrides["plugins"]):
+        if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
             slurm = machine.slurm_environment()
-            overrides["plugins"] += [slurm] if slurm else []
-        overrides["logger"] = False  # until the run has a folder, see begin()
-        if config["strategy"] in ("auto", "ddp") and self._has_several_devices(config):
+            plugins += [slurm] if slurm else []
+        if config["strategy"] in ("auto", "ddp") and has_several_devices:
             # Gradients are views of what is exchanged, so that nothing is copied; this project's nets and module use
             # all their parameters in each step, which lets DDP plan the exchange once
             static = type(self.model.net).__module__.startswith("lit_cifar.nets") and type(self.model) is LitClassifier
@@ -376,8 +372,3 @@ def set_up(args: list[str], **settings: Any) -> CLI:
 def _recipe(configs: Sequence[Any] | None) -> str:
     """What people call a training run: the names of its --config files; None stands for a config typed in full."""
     return "+".join(Path(str(path)).stem if path else "typed" for path in configs or ()) or "tutorial"
-
-
-def _as_list(value: Any) -> list[Any]:
-    """What the Trainer takes one or several of, or none."""
-    return value if isinstance(value, list) else [] if value is None else [value]

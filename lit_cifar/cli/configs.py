@@ -1,9 +1,11 @@
-"""Config files: which file a name means, the name of a recipe too, and what is wrong with one. parser.py reads what is
-in them."""
+"""Config files: which file a name means, the name of a recipe too, what is wrong with one, and how two differ.
+parser.py reads what is in them."""
 
 import contextlib
+import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,27 @@ def with_class(config: dict[str, Any]) -> dict[str, Any]:
     others = {key: value for key, value in model.items() if key not in ("class_path", "init_args")}
     settings = {**others, **(model.get("init_args") or {})}
     return {**config, "model_class": model["class_path"], "model": settings}
+
+
+def flag_text(value: Any) -> str:
+    """A value as it is typed after a flag."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """'KEY was X and is now Y' for each setting that differs; of another class, the class alone."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.get("class_path") == now.get("class_path"):
+        for name in sorted(before.keys() | now.keys()):
+            inner = key if name == "init_args" else f"{key}.{name}".lstrip(".")
+            yield from changes(before.get(name), now.get(name), inner)
+    elif before != now:
+        yield f"{key} was {_shown(before)} and is now {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and "class_path" in value:
+        value = value["class_path"]
+    return "nothing" if value is None else printable(flag_text(value))
 
 
 class ConfigFile(ActionConfigFile):

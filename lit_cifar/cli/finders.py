@@ -33,7 +33,7 @@ def keep_found(settings: Namespace, before: dict[str, Any]) -> None:
         before: the config of the checkpoint.
     """
     callbacks = settings["trainer"]["callbacks"]
-    for callback in [callback for callback in _as_list(callbacks) if _is_finder(callback)]:
+    for callback in [callback for callback in as_list(callbacks) if _is_finder(callback)]:
         name, arguments = callback["class_path"].rsplit(".", 1)[-1], callback.get("init_args") or {}
         if name == BatchSizeFinder.__name__:
             section, key = "data", arguments.get("batch_arg_name") or "batch_size"
@@ -48,8 +48,8 @@ def keep_found(settings: Namespace, before: dict[str, Any]) -> None:
 
 def without_finders(callbacks: Any) -> Any:
     """The setting trainer.callbacks without its finders; as it is where it has none."""
-    others = [callback for callback in _as_list(callbacks) if not _is_finder(callback)]
-    return callbacks if len(others) == len(_as_list(callbacks)) else others or None
+    others = [callback for callback in as_list(callbacks) if not _is_finder(callback)]
+    return callbacks if len(others) == len(as_list(callbacks)) else others or None
 
 
 def _is_finder(callback: Any) -> bool:
@@ -57,8 +57,9 @@ def _is_finder(callback: Any) -> bool:
     return path.startswith("lightning.") and path.rsplit(".", 1)[-1] in [finder.__name__ for finder in FINDERS]
 
 
-def _as_list(callbacks: Any) -> list[Any]:
-    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+def as_list(value: Any) -> list[Any]:
+    """What the Trainer takes one or several of, or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def check_finders(trainer: Trainer, model: LitClassifier, data: CIFAR10DataModule) -> None:

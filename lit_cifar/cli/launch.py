@@ -20,10 +20,10 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 
 from lit_cifar import log
-from lit_cifar.cli import machine
 from lit_cifar.errors import UserError
 from lit_cifar.process import LAUNCHER_VARIABLE, TIMEOUT_VARIABLE
 from lit_cifar.run.stop import Stopped
+from lit_cifar.text import inherited
 
 TIMEOUT_SECONDS = 600  # as long as torchrun waits for a node
 GRACE_SECONDS = 20  # for rank 0 to end by itself when another rank has ended, most often for the same reason
@@ -43,10 +43,7 @@ class Launcher(_SubprocessScriptLauncher):
             raise UserError(str(error)) from error
         if not self.cluster_environment.creates_processes_externally:
             child = os.environ.get(log.CHILD_VARIABLE, "")
-            with (
-                machine.inherited(LAUNCHER_VARIABLE, str(os.getpid())),
-                machine.inherited(log.CHILD_VARIABLE, child),
-            ):
+            with inherited(LAUNCHER_VARIABLE, str(os.getpid())), inherited(log.CHILD_VARIABLE, child):
                 self._call_children_scripts()
             self._ending = threading.Lock()
             threading.Thread(target=self._watch, daemon=True, name="other ranks").start()

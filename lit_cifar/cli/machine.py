@@ -154,20 +154,6 @@ def set_rank(trainer: Trainer) -> None:
 
 
 @contextlib.contextmanager
-def inherited(variable: str, value: str) -> Iterator[None]:
-    """Within it, processes that this one starts find a variable in their environment."""
-    before = os.environ.get(variable)
-    os.environ[variable] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(variable, None)
-        else:
-            os.environ[variable] = before
-
-
-@contextlib.contextmanager
 def workers_watched() -> Iterator[None]:
     """Around a command: a signal handler of torch reports a worker that dies, wherever the command is."""
     try:

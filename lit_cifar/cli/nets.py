@@ -65,16 +65,12 @@ def find_module_class(name: str) -> type[LitClassifier]:
     except (ImportError, AttributeError, ValueError) as error:
         reason = "name it as package.Class" if "." not in name else printable(" ".join(str(error).split()))
         raise UserError(f"{shown} cannot be imported: {reason}") from error
-    if not (inspect.isclass(found) and issubclass(found, LitClassifier)):
-        is_module = inspect.isclass(found) and issubclass(found, LightningModule)
-        raise UserError(
-            f"{shown} is no subclass of lit_cifar.LitClassifier: "
-            + (
-                "train it on CIFAR10DataModule in a plain Trainer, see docs/in-your-own-code.md"
-                if is_module
-                else "name a net with --model.net"
-            )
-        )
+    is_class = inspect.isclass(found)
+    if not (is_class and issubclass(found, LitClassifier)):
+        way_out = "name a net with --model.net"
+        if is_class and issubclass(found, LightningModule):
+            way_out = "train it on CIFAR10DataModule in a plain Trainer, see docs/in-your-own-code.md"
+        raise UserError(f"{shown} is no subclass of lit_cifar.LitClassifier: {way_out}")
     if "net" not in parameters(found):
         raise UserError(f"{shown} takes no net: give its __init__ a parameter net, or **settings for super().__init__")
     return found

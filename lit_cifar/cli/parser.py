@@ -20,9 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_cifar.cli.configs import with_class
 from lit_cifar.cli.wording import gist, habit, in_words, plain
-from lit_cifar.errors import FlagParser, UserError, calls_chosen
+from lit_cifar.errors import FlagParser, UserError, calls_chosen, unknown_flag
 from lit_cifar.files import local_path
 from lit_cifar.model.classifier import TTA
+from lit_cifar.model.optim import OPTIONS
 from lit_cifar.run.trust import check_yaml
 from lit_cifar.text import escaped, nearest
 
@@ -54,7 +55,6 @@ LOST = "Unable to serialize instance "  # what jsonargparse writes in place of a
 # such as the interval of Lightning's Timer, which is a default and no text
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
-MAX_ARGUMENT = 2**17  # characters, as many as Linux hands on
 MAX_LINE = 2000  # characters of a message; it may quote a setting
 
 
@@ -109,9 +109,7 @@ class Parser(LightningArgumentParser):
                 action.option_strings = [f"--{short}", *action.option_strings]
             self._option_string_actions[f"--{short}"] = action
             action.help = text
-        self._option_string_actions["--model"] = self._option_string_actions[
-            "--model_class"
-        ]  # in place of --model FILE
+        self._option_string_actions["--model"] = self._option_string_actions["--model_class"]  # no file of settings
 
     def keep_whole_numbers(self) -> None:
         """Lets 1 stay 1 where a setting takes shares and numbers: jsonargparse tries float first, and 1 means one batch
@@ -162,14 +160,9 @@ class Parser(LightningArgumentParser):
                 return f"{where}: {found[2]}"
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if found := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
-            typed = found[1].split("=")[0]
-            if line := self._of_lightning_cli(typed[2:]):
-                return line
-            return f"unknown flag {typed}{nearest(typed, flags)}; --help lists the flags"
+            return unknown_flag(found[1], flags)
         if found := re.search(r"(?:Group '(\S+)' does not accept option|Option|[Kk]ey) '(\S+)'", message):
             key = f"{found[1]}.{found[2]}" if found[1] else found[2]
-            if line := self._of_lightning_cli(key):
-                return line
             near = nearest(key, [flag[2:] for flag in flags])
             where = "" if self.usage else " in the config; --print_config lists the keys"  # of a class, or of all
             return f"unknown key {key!r}{near}{where}"
@@ -184,18 +177,6 @@ class Parser(LightningArgumentParser):
         if found := re.search(r"^(.*?): Does not validate .* Subtypes: \[(.*?)\] Errors.* Given value: (.*)$", message):
             return f"{found[1]}: expected {plain(found[2])}, got {found[3]}"
         return message
-
-    @staticmethod
-    def _of_lightning_cli(key: str) -> str | None:
-        """The line that works, for those who know LightningCLI's own flags and keys."""
-        found = re.match(r"(optimizer|lr_scheduler)(\.|$)", key)
-        if not found:
-            return None
-        name, path = {
-            "optimizer": ("optimizer", "torch.optim.AdamW"),
-            "lr_scheduler": ("scheduler", "torch.optim.lr_scheduler.StepLR --model.scheduler.step_size 10"),
-        }[found[1]]
-        return f"{key!r} is a setting of the model here: --model.{name} {path}; in YAML, put {name}: under model:"
 
     def _as_typed(self, dotted: str) -> str:
         """The spelling of an option in this command line, or else its last."""
@@ -244,9 +225,6 @@ class Parser(LightningArgumentParser):
         Raises:
             UserError: they are wrong, or a path of ours is a URL.
         """
-        for arg in args:
-            if len(arg) > MAX_ARGUMENT:
-                raise UserError(f"{arg[:20]!r} ... has {len(arg):,} characters: give it in a file, with --config FILE")
         config: Namespace = self.parse_args(args)
         for key, value in list(config.items()):
             name = key.rsplit(".", 1)[-1]
@@ -262,7 +240,7 @@ class Parser(LightningArgumentParser):
         """The settings as YAML, without defaults that YAML has no form for: they will be the defaults again."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f"\\s*{LOST}")
-            text: str = super().dump(cfg, **settings)
+            text: str = super().dump(cfg if settings.get("skip_default") else _with_numbers(cfg), **settings)
         return yaml.safe_dump(_plain_only(yaml.safe_load(text), cfg), sort_keys=False) if LOST in text else text
 
     def start_from(self, config: dict[str, Any]) -> None:
@@ -297,11 +275,18 @@ class NetParser(FlagParser):
                 setattr(options, name, str(local_path(getattr(options, name), f"--{name}")))
         return options
 
-    def error(self, message: str) -> NoReturn:
-        if found := re.search(r"unrecognized arguments: (-\S+)", message):
-            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            message = f"unknown flag {found[1]}{nearest(found[1], flags)}; --help lists the flags"
-        super().error(message)
+
+def _with_numbers(settings: Namespace) -> Namespace:
+    """Settings with the numbers that SGD takes where they leave them open; of another optimiser only the rate."""
+    settings = settings.clone()
+    largest = settings.get("model.scheduler.init_args.max_lr")  # one for each group, perhaps
+    of_optimizer = {"lr": settings.get("model.optimizer.init_args.lr")}
+    numbers = of_optimizer if settings.get("model.optimizer") else dict(OPTIONS)
+    numbers["lr"] = (largest[0] if isinstance(largest, list) else largest) or numbers["lr"]
+    for key, number in numbers.items():
+        if f"model.{key}" in settings and settings[f"model.{key}"] is None:
+            settings[f"model.{key}"] = number
+    return settings
 
 
 def _plain_only(value: Any, setting: Any) -> Any:

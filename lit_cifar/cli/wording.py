@@ -7,6 +7,7 @@ import re
 # is meant for one type has the others for the other types
 EVERY_TYPES = "Expected a (<class|path but|typing)|Does not validate|Not a valid subclass|a class path|a dict "
 OTHER_TYPES = "Import path|Expected a dot|unknown"
+OF_MODEL = "is a setting of the model here"
 IN_PYTHON = "in a plain Trainer, see docs/in-your-own-code.md"
 # what people write who know LightningCLI, as jsonargparse reports it, and what works here
 HABITS = {
@@ -17,6 +18,13 @@ HABITS = {
     r"unrecognized arguments: validate\b": "lit_cifar.fit validates as it trains, with --data.num_val 5000",
     r"(?:unrecognized arguments: --|[Oo]ption ')ckpt_path\b": (
         "--ckpt_path is a flag of lit_cifar.test; lit_cifar.fit goes on with a run by --resume FILE"
+    ),
+    r"(?:unrecognized arguments: --|(?<!accept )(?:[Oo]ption|[Kk]ey) ')(optimizer\b[\w.]*)": (
+        f"'{{0}}' {OF_MODEL}: --model.optimizer torch.optim.AdamW; in YAML, put optimizer: under model:"
+    ),
+    r"(?:unrecognized arguments: --|(?<!accept )(?:[Oo]ption|[Kk]ey) ')(lr_scheduler\b[\w.]*)": (
+        f"'{{0}}' {OF_MODEL}: --model.scheduler torch.optim.lr_scheduler.StepLR --model.scheduler.step_size 10; "
+        "in YAML, put scheduler: under model:"
     ),
     r"unrecognized arguments: --data\.(?:class_path|init_args)|Group 'data' .*'(?:class_path|init_args)"
     r"|Parser key \"data\":\s+Unable to load": (

@@ -14,7 +14,7 @@ from jsonargparse._parameter_resolvers import get_signature_parameters
 from jsonargparse._util import resolved_import_paths
 from torch import nn
 
-from lit_cifar.errors import calls_chosen
+from lit_cifar.errors import UserError, calls_chosen
 
 # what nets call the number of their classes; the first is set by itself
 NUM_CLASSES = ("num_classes", "n_classes", "num_labels", "num_class", "n_class", "classes", "n_labels", "num_outputs")
@@ -100,6 +100,11 @@ def adapt_class_type(
     value, before = map(_typehints.subclass_spec_as_namespace, (value, settings.get("prev_val")))
     if before and before.get("class_path") != value.class_path:
         before.pop("dict_kwargs", None)
+    if re.fullmatch(r"(torch\.optim\.lr_scheduler\.)?(SequentialLR|ChainedScheduler)", value.class_path):
+        raise UserError(
+            "it takes schedulers that are made already: name a function of your own that makes it, "
+            "(optimizer: Optimizer) -> LRScheduler, such as --model.scheduler my_file.my_scheduler"
+        )
     given = value.get("init_args")
     if isinstance(given, Namespace) and not (serialize or instantiate):
         named = import_named(value.class_path)

@@ -110,7 +110,8 @@ class OptimisedModule(LightningModule):
             ours = getattr(self, key) if key in OPTIONS else None
             if ours is not None and theirs not in (ours, default_of(type(named), key)):
                 raise UserError(
-                    f"--model.{key} {ours} and --model.optimizer.{key} {theirs} contradict each other: give one of them"
+                    f"--model.{key} {ours} and --model.optimizer.{key} {theirs} contradict each other: give one of "
+                    f"them, or add --model.{key} null"
                 )
         if self.lr is None:
             self.lr = float(named.defaults.get("lr", named.param_groups[0]["lr"]))

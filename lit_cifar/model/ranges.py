@@ -27,12 +27,14 @@ __all__ = [
     "NonNegativeFloat",
     "PositiveFloat",
     "PositiveInt",
+    "Seed",
     "Side",
     "checked",
     "checked_arguments",
 ]
 
 HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<=", 2**32 - 1)])  # as numpy's
 Side = restricted_number_type("Side", int, [(">=", 8), ("<=", 32)])  # of an image, in pixels
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins import DoublePrecision
@@ -32,10 +33,10 @@ class OpenRun(Callback):
 
     Args:
         run: whose folder rank 0 has claimed.
-        config: the settings, as YAML.
+        config: the settings.
     """
 
-    def __init__(self, run: Run, config: str) -> None:
+    def __init__(self, run: Run, config: dict[str, Any]) -> None:
         self.run = run
         self.config = config
 
@@ -50,8 +51,9 @@ class OpenRun(Callback):
         if isinstance(trainer.precision_plugin, DoublePrecision):
             pl_module.double()  # Lightning does so when it has read a state, half of whose digits are gone then
         if trainer.is_global_zero and stage == "fit":
+            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             with writing(self.run.config, "choose another place with --trainer.default_root_dir"):
-                write_durably(self.run.config, self.config.encode())
+                write_durably(self.run.config, text.encode())
 
 
 class Checkpoints(Checkpoint):
