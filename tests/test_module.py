@@ -21,9 +21,9 @@ from lit_cifar.errors import UserError
 from lit_cifar.model.classifier import views
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.model.optim import Group, lr_factor
-from lit_cifar.model.ranges import HalfOpenUnitInterval, NonNegativeFloat, Side
 from lit_cifar.nets import Net
 from lit_cifar.results.report import Report
+from lit_cifar.settings import HalfOpenUnitInterval, NonNegativeFloat, Side
 
 CPU = torch.device("cpu")
 CLASSES = tuple("abcdefghij")

@@ -22,7 +22,7 @@ import lit_cifar
 PACKAGE = ROOT / "lit_cifar"
 # rooms from left to right; those of one layer do not import one another
 ROOMS = [
-    {"clock", "errors", "files", "log", "process", "text"},
+    {"clock", "errors", "files", "log", "process", "settings", "text"},
     {"nets", "data", "results"},
     {"run"},
     {"model"},

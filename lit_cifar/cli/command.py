@@ -26,11 +26,11 @@ from lit_cifar.cli.parser import Parser
 from lit_cifar.data.datamodule import CIFAR10DataModule
 from lit_cifar.errors import UserError, calls_chosen
 from lit_cifar.model.module import LitClassifier
-from lit_cifar.model.ranges import Seed
 from lit_cifar.run.chosen import make_loggers
 from lit_cifar.run.folder import Run
 from lit_cifar.run.read import State, read_checkpoint
 from lit_cifar.run.save import Checkpoints, OpenRun
+from lit_cifar.settings import Seed
 from lit_cifar.text import in_command
 from lit_cifar.training import loop
 from lit_cifar.training.dashboard import Dashboard

@@ -3,15 +3,15 @@ generator that loader.py has seeded, and `apply` takes what was drawn."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_type_hints
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
-from lit_cifar.data.settings import check_settings
 from lit_cifar.errors import UserError
+from lit_cifar.settings import checked_arguments
 
 CUTOUT_FILL = 122  # grey of 0..255, about CIFAR-10's mean pixel, so that the net sees some zeros after normalising
 Pad = Literal["zeros", "reflect"]
@@ -65,7 +65,7 @@ class Augment:
     contrast: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
-        check_settings(vars(self), get_type_hints(Augment), "--data.augment")
+        checked_arguments(Augment, vars(self), "--data.augment.")
         if self.pad == "reflect" and self.crop > 31:
             raise UserError(
                 f"--data.augment.crop {self.crop} does not go with --data.augment.pad reflect: choose 31 or less"

@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -18,13 +18,13 @@ from lit_cifar.data.augment import Augment
 from lit_cifar.data.cache import SPLITS
 from lit_cifar.data.loader import DeviceLoader, EvalBatches, TrainBatches
 from lit_cifar.data.official import DEFAULT_DATA_DIR, OfficialFiles
-from lit_cifar.data.settings import check_settings
 from lit_cifar.data.source import Source, find_source
 from lit_cifar.data.split import Split, split_validation
 from lit_cifar.data.tree import Tree
 from lit_cifar.data.workers import check_transform
 from lit_cifar.errors import UserError
 from lit_cifar.files import local_path
+from lit_cifar.settings import checked_arguments
 from lit_cifar.text import is_command
 
 Dataset = Literal["cifar10", "cifar100", "shapes"]
@@ -84,26 +84,27 @@ class CIFAR10DataModule(LightningDataModule):
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5),
     ) -> None:
+        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        if isinstance(data_dir, os.PathLike):
+            given["data_dir"] = os.fspath(data_dir)
+        if isinstance(transform, nn.Module):
+            given["transform"] = [transform]
+        given = checked_arguments(CIFAR10DataModule.__init__, given, "--data.")
         super().__init__()
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_val = num_val
-        self.augment = augment
-        self.transform = [transform] if isinstance(transform, nn.Module) else transform
-        self.num_workers = num_workers
-        self.drop_last = drop_last
-        self.mirrors = mirrors
-        self.seed = seed
-        self.normalised = normalised
-        self.mean, self.std = mean, std
-        if isinstance(augment, dict) and augment.keys() <= vars(Augment()).keys():
-            self.augment = Augment(**augment)
-        kinds = {**get_type_hints(CIFAR10DataModule.__init__), "data_dir": str | os.PathLike}
-        check_settings({**vars(self), "data_dir": data_dir}, kinds, "--data")
-        for name in ("batch_size", "eval_batch_size", "num_val", "num_workers", "seed"):  # plain, for checkpoints
-            setattr(self, name, None if getattr(self, name) is None else int(getattr(self, name)))
-        self.data_dir = local_path(data_dir, "--data_dir")
+        self.data_dir = local_path(given["data_dir"], "--data_dir")
+        self.dataset: Dataset = given["dataset"]
+        self.batch_size: int = given["batch_size"]
+        self.eval_batch_size: int | None = given["eval_batch_size"]
+        self.num_val: int = given["num_val"]
+        self.augment: Augment = given["augment"]
+        self.transform: list[nn.Module] | None = given["transform"]
+        self.num_workers: int = given["num_workers"]
+        self.drop_last: bool = given["drop_last"]
+        self.mirrors: list[str] | None = given["mirrors"]
+        self.seed: int = given["seed"]
+        self.normalised: bool = given["normalised"]
+        self.mean: list[float] = given["mean"]
+        self.std: list[float] = given["std"]
         if mirrors is not None and not mirrors:
             raise UserError("--data.mirrors names none: list one at least, or leave it out for the public ones")
         if not is_command():  # whose config has them
@@ -120,7 +121,6 @@ class CIFAR10DataModule(LightningDataModule):
         settings = {name: getattr(self, name) for name in inspect.signature(CIFAR10DataModule).parameters}
         settings["data_dir"], settings["augment"] = str(self.data_dir), asdict(self.augment)
         settings["transform"] = self.transform and [repr(part) for part in self.transform]
-        settings["mean"], settings["std"] = list(self.mean), list(self.std)
         # others normalise images themselves, perhaps with other numbers
         return {name: value for name, value in settings.items() if self.normalised or name not in self.IN_PYTHON}
 
@@ -247,7 +247,7 @@ class CIFAR10DataModule(LightningDataModule):
         batches = self.train_batches()
         transform = nn.Sequential(*self.transform) if self.transform else None
         num_epochs = self.trainer.max_epochs if self.trainer else None
-        workers = {"transform": transform, "num_workers": self.num_workers}
+        workers: dict[str, Any] = {"transform": transform, "num_workers": self.num_workers}
         return DeviceLoader(
             self.train, batches, self._device(), self.augment, **workers, num_epochs=num_epochs, finish=self._finish()
         )

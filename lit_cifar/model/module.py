@@ -25,7 +25,10 @@ from lit_cifar.model.data import data_of, some_batches
 from lit_cifar.model.named import way_to_classes
 from lit_cifar.model.optim import Group, Schedule
 from lit_cifar.model.optimised import Interval
-from lit_cifar.model.ranges import (
+from lit_cifar.model.saved import SavedModule, made_again
+from lit_cifar.results.metrics import Tally
+from lit_cifar.results.report import Report
+from lit_cifar.settings import (
     ClosedUnitInterval,
     HalfOpenUnitInterval,
     NonNegativeFloat,
@@ -33,9 +36,6 @@ from lit_cifar.model.ranges import (
     Side,
     checked_arguments,
 )
-from lit_cifar.model.saved import SavedModule, made_again
-from lit_cifar.results.metrics import Tally
-from lit_cifar.results.report import Report
 
 Batch = tuple[Tensor, Tensor]
 STAGES = ("val", "test", "plain")  # 'plain' is the test without its augmentation

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_cifar.errors import UserError
-from lit_cifar.model.ranges import HalfOpenUnitInterval, NonNegativeFloat
+from lit_cifar.settings import HalfOpenUnitInterval, NonNegativeFloat
 
 Schedule = Literal["constant", "linear", "cosine", "onecycle"]
 Kind = Literal["sgd", "muon"]

@@ -14,9 +14,9 @@ from lit_cifar import clock
 from lit_cifar.errors import DivergedError, calls_chosen
 from lit_cifar.model.data import data_of
 from lit_cifar.model.module import LitClassifier, named_for
-from lit_cifar.model.ranges import PositiveInt, checked
 from lit_cifar.results.report import peak_memory
 from lit_cifar.run.folder import Run
+from lit_cifar.settings import PositiveInt, checked
 from lit_cifar.training.lines import warn, write
 from lit_cifar.training.speed import Speed, time_left, waited_seconds
 from lit_cifar.training.watch import Watch

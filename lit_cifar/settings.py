@@ -1,6 +1,7 @@
 """Settings checked against the annotations of a signature, and ranges of numbers as types for these, which jsonargparse
 checks too. The class that takes a setting decides which range it has."""
 
+import math
 import reprlib
 from collections.abc import Callable
 from dataclasses import is_dataclass
@@ -39,7 +40,7 @@ Side = restricted_number_type("Side", int, [(">=", 8), ("<=", 32)])  # of an ima
 
 
 def checked_arguments(function: Any, given: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The arguments of a function by name, as `checked` gives each; `prefix` is what their flags begin with."""
+    """The arguments of a function or class, as `checked` gives each; `prefix` is what their flags begin with."""
     hints = get_type_hints(function)
     return {key: checked(prefix + key, given[key], hints[key]) for key in given}
 
@@ -86,7 +87,7 @@ def checked(flag: str, value: Any, kind: Any) -> Any:
     elif not isinstance(value, kind):
         if kind is str:
             raise UserError(f"{flag} {shown} is no text")
-        raise UserError(f"{flag} gives {type(value).__name__}, no torch.nn.Module: want a net, such as Net()")
+        raise UserError(f"{flag} gives {type(value).__name__}, no torch.nn.Module")
     return value
 
 
@@ -100,6 +101,8 @@ def _checked_number(said: str, value: Any, kind: Any) -> Any:
         kind(value)
     except ValueError as error:
         raise UserError(f"{said} is out of range: {error}") from None
+    if not math.isfinite(value):
+        raise UserError(f"{said} is not finite")
     return bool(value) if kind is bool else int(value) if issubclass(kind, int) else float(value)
 
 
@@ -113,5 +116,5 @@ def _checked_fields(flag: str, value: Any, kind: Any) -> Any:
         raise UserError(
             f"{flag}: {printable(reprlib.repr(value))} is no {kind.__name__.lower()}: want {want}"
         ) from None
-    fields = vars(made).items()
-    return kind(**{key: checked(f"{flag}: {made.name}'s {key}", inner, hints[key]) for key, inner in fields})
+    prefix = f"{flag}: {made.name}'s " if "name" in hints else f"{flag}."
+    return kind(**checked_arguments(kind, vars(made), prefix))
