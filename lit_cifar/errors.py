@@ -83,7 +83,8 @@ def unknown_flag(typed: str, known: Iterable[str]) -> str:
     """What is said of a word on the command line that no parser knows."""
     flag = typed.split("=")[0]
     near = nearest(flag, [name for name in known if name.startswith("--")])
-    return f"unknown {'flag' if flag[0] == '-' else 'argument'} {flag}{near}; --help lists the flags"
+    kind = "unknown flag" if flag[0] == "-" else "unknown argument"
+    return f"{kind} {flag}{near}; --help lists the flags"
 
 
 def run(command: Callable[[list[str]], None], reader_gone: int = READER_GONE) -> NoReturn:

@@ -82,7 +82,6 @@ INTERNALS = {
     "_broadcast_sigterm_tensor": [EPOCH_LOOP],
     "_call_children_scripts": [f"{LIGHTNING}.strategies.launchers.subprocess_script:_SubprocessScriptLauncher"],
     "_can_stop_early": [f"{LIGHTNING}.loops.fit_loop:_FitLoop"],
-    "_cdata": ["torch:UntypedStorage"],
     "_check_cuda_matmul_precision": ["lightning.fabric.accelerators.cuda"],
     "_check_log_dir_exists": ["lightning.fabric.loggers.csv_logs:_ExperimentWriter"],
     "_checkpoint_connector": [f"{LIGHTNING}:Trainer"],
