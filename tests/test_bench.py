@@ -44,6 +44,7 @@ def test_one_value_has_no_spread() -> None:
     assert "-" in bench.table({"seconds": ([3.0], 1)})
 
 
+@pytest.mark.slow
 def test_each_run_is_a_process_with_a_seed_of_its_own(run_command: Run) -> None:
     done = run_command("lit_cifar.bench", RECIPE, "--runs", 2, *QUICK, "--seed", 5, "--model.tta", "mirror")
     assert done.returncode == 0, done.stderr

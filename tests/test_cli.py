@@ -332,6 +332,7 @@ def test_a_script_of_pip_runs_what_python_runs_in_this_folder_as_do_the_processe
     assert printed[0].startswith("lit_cifar.fit ['")
 
 
+@pytest.mark.slow
 def test_help_takes_hardly_longer_than_importing_lightning(tmp_path: Path) -> None:
     def seconds(*args: str) -> float:
         started_at = time.perf_counter()
@@ -533,6 +534,7 @@ def test_building_a_cli_changes_nothing_of_the_process(monkeypatch: pytest.Monke
         assert process() == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_kept_memory_is_not_given_back_to_the_system() -> None:
     code = (

@@ -69,7 +69,8 @@ def small_tree(tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
-@pytest.mark.parametrize("num_test", [101, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_test", [101, 2000])
 def test_a_checkpoint_gives_the_same_report_on_1_2_and_3_processes(
     num_test: int, run_command: Run, small_tree: Path
 ) -> None:

@@ -42,6 +42,7 @@ def test_one_step_needs_neither_lightning_nor_the_command_line() -> None:
     assert not [name for name in imported if name.startswith(("lightning", "lit_cifar.cli", "lit_cifar.training"))]
 
 
+@pytest.mark.slow
 def test_train_classifies_far_better_than_chance() -> None:
     printed = re.findall(r" (\d\.\d{4})$", output_of("train.py"), re.MULTILINE)
     accuracy, *of_classes = map(float, printed)

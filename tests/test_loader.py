@@ -483,7 +483,7 @@ def test_a_transform_that_fails_on_a_later_image_ends_in_one_line(
     assert str(raised.value).isprintable()
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_transform_and_the_built_in_augmentation_depend_on_seed_and_epoch_alone(num_ranks: int) -> None:
     def both(num_workers: int = 0, **options: Any) -> DeviceLoader:
         batches = TrainBatches(23, **{"batch_size": 6, "seed": 3, **options})

@@ -255,6 +255,7 @@ def test_lightnings_own_callbacks_write_into_the_runs_folder() -> None:
     assert os.listdir() == ["lightning_logs"]
 
 
+@pytest.mark.slow
 def test_a_rank_in_the_environment_of_a_single_device_means_nothing(run_command: RunCommand) -> None:
     for version in ("version_0", "version_1"):
         done = run_command("lit_cifar.fit", *SHORT, "--max_epochs", "1", RANK="1", SLURM_PROCID="1", LOCAL_RANK="1")

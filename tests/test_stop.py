@@ -78,7 +78,7 @@ def trainings() -> Iterator[list[Training]]:
 @pytest.mark.parametrize(
     ("devices", "number", "to"),
     [
-        (1, signal.SIGTERM, "rank 0"),
+        pytest.param(1, signal.SIGTERM, "rank 0", marks=pytest.mark.slow),
         pytest.param(1, signal.SIGUSR1, "rank 0", marks=pytest.mark.slow),
         (2, signal.SIGUSR1, "rank 1"),
         pytest.param(2, signal.SIGTERM, "rank 0", marks=pytest.mark.slow),

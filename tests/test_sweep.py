@@ -65,6 +65,7 @@ def trials() -> list[Any]:
         storage.engine.dispose()  # Python 3.13 and later warn of connections that are left open
 
 
+@pytest.mark.slow
 def test_a_trial_is_the_run_that_fit_makes_of_its_values(capsys: pytest.CaptureFixture[str]) -> None:
     search(SPACE, 3, *FLAGS)
     output = capsys.readouterr().out

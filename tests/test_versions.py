@@ -221,6 +221,7 @@ for method in multiprocessing.get_all_start_methods():
 """
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_however_its_workers_are_started() -> None:
     transform = ["--data.transform", "[torchvision.transforms.v2.RandAugment]"]
     flags = [*SHORT, "--trainer.limit_train_batches", "8", *transform]

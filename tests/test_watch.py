@@ -153,7 +153,7 @@ def test_the_rank_that_the_others_wait_for_is_named_once_by_the_first(run_comman
     assert f"wait for it (step {5 * IN_A_ROW})" in warning
 
 
-@pytest.mark.parametrize("devices", ["1", "2"])
+@pytest.mark.parametrize("devices", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_lines_are_plain_where_the_output_is_no_terminal_and_none_is_said_twice(devices: str, run_command: Run) -> None:
     done = run_command("lit_cifar.fit", *STEPS, "--trainer.max_steps", "40", "--devices", devices)
     assert done.returncode == 0, done.stderr
@@ -175,6 +175,7 @@ def test_a_training_whose_lines_nobody_reads_on_ends_without_a_traceback() -> No
         assert process.wait(60) == 141
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", log.LEVELS)
 def test_the_level_decides_what_is_said_and_results_are_always(level: str, run_command: Run) -> None:
     flags = [*STEPS, "--trainer.max_steps", "30", *_callback("ScaleWeights", step=12, factor=5.0)]
