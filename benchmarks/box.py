@@ -45,7 +45,7 @@ CARD = """# {recipe}
 | commit | {commit} |
 | trained | {when}, torch {torch}, lightning {lightning} |
 | net | `{net}`, {num_weights:,} weights and running statistics |
-| file | `{recipe}.safetensors`, {num_bytes:,} bytes: weights as float16, mean and standard deviation as float32 |
+| file | `{recipe}.safetensors`, {num_bytes:,} bytes: weights as float16, statistics as float32 |
 
 ## How good it is
 

@@ -240,7 +240,8 @@ def _dump_weights(net: Classifier, settings: dict[str, Any]) -> bytes:
 
     weights = {name: weight.contiguous().clone() for name, weight in net.state_dict().items()}  # it refuses views
     for name, weight in weights.items():
-        if settings["half"] and name.startswith("net.") and weight.is_floating_point():
+        is_rounded = settings["half"] and name.startswith("net.") and weight.is_floating_point()
+        if is_rounded and torch.equal(weight.half().to(weight.dtype), weight):  # not of norms that a net keeps precise
             weights[name] = weight.half()
     return with_metadata(safetensors.torch.save(weights), {key: json.dumps(value) for key, value in settings.items()})
 
