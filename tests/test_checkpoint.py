@@ -410,7 +410,11 @@ def zip_of_text() -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("data", [b"seed: 7\nmodel:\n  lr: 0.1\n", b"\x89PNG\r\n\x1a\n" + bytes(64), zip_of_text()])
+@pytest.mark.parametrize(  # ids, because a zip has the time in it, and workers must find the same tests
+    "data",
+    [b"seed: 7\nmodel:\n  lr: 0.1\n", b"\x89PNG\r\n\x1a\n" + bytes(64), zip_of_text()],
+    ids=["yaml", "png", "zip"],
+)
 def test_a_file_of_another_format_is_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(data)
