@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.data import BatchSampler, DataLoader
 
 pytest.register_assert_rewrite("helpers")
@@ -46,6 +47,8 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIT_CIFAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # a process's files of events are numbered, and read in the order of their names: of one second, 10 before 9
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     torch.set_num_threads(1)
     random_state, mkldnn = torch.get_rng_state(), torch.backends.mkldnn.enabled
     interrupt, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
