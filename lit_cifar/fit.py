@@ -8,9 +8,7 @@ _started = time.perf_counter()  # before the imports, which are part of what a r
 if __name__ == "__main__":
     process.begin()
 
-import contextlib  # noqa: E402
 import gc  # noqa: E402
-import json  # noqa: E402
 import os  # noqa: E402
 import warnings  # noqa: E402
 from datetime import UTC, datetime  # noqa: E402
@@ -27,7 +25,7 @@ from lit_cifar.cli.command import CLI, set_up  # noqa: E402
 from lit_cifar.cli.configs import changes  # noqa: E402
 from lit_cifar.cli.parser import TRUST, Parser  # noqa: E402
 from lit_cifar.errors import UserError, calls_chosen  # noqa: E402
-from lit_cifar.files import check_place, read_whole, writing  # noqa: E402
+from lit_cifar.files import check_place, read_json, writing  # noqa: E402
 from lit_cifar.model.classifier import checked_config  # noqa: E402
 from lit_cifar.results.report import peak_memory, print_report, write_results  # noqa: E402
 from lit_cifar.run.check import check_state  # noqa: E402
@@ -225,11 +223,9 @@ def _earlier_seconds(run: Run, state: State | None) -> list[dict[str, float]]:
     if state is None:
         return []
     noted: Any = state.chosen.get("seconds")
-    if run.is_claimed:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-            results = json.loads(read_whole(run.results))
-            if results["num_steps"] == state.step:
-                noted = results["seconds"].get("pieces", [results["seconds"]])
+    if run.is_claimed and run.tested_step == state.step:
+        whole = read_json(run.results).get("seconds")
+        noted = whole.get("pieces", [whole]) if isinstance(whole, dict) else noted
     if not (isinstance(noted, list) and all(isinstance(piece, dict) for piece in noted)):
         return []
     return [

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import pickle
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPES, assert_same_run, disk_with_room_for, error_of, results
+from helpers import SHAPES, assert_same_run, disk_with_room_for, error_of, results, scalars
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from pretend import pretended
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch.utils._pytree import tree_leaves
 
 import lit_cifar.fit
@@ -333,6 +335,21 @@ def test_metrics_are_logged_as_lightnings_own_logger_does(tmp_path: Path) -> Non
         seen.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]})
         assert (Path(logger.log_dir) / "curves_one").is_dir(), "a run of its own for each of the curves in one chart"
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("number", [8, 98])
+def test_a_run_is_read_in_its_order_whatever_the_process_wrote_before(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard's readers take files by name: of those of one second, a process's 10th comes before its 9th."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(number))
+    now = time.time()
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: now))  # all in one second
+    flags = ["--dataset", "shapes", "--trainer.max_steps", "3", "--trainer.limit_test_batches", "1"]
+    lit_cifar.fit.main(flags)
+    lit_cifar.fit.main(["--resume", "lightning_logs/version_0", "--trainer.max_steps", "5"])
+    assert len(list(Path("lightning_logs/version_0").glob("events.*"))) == 2, "one of each command"
+    assert [step for step, _ in scalars("version_0")["test/loss"]] == [3, 5]
 
 
 OURS = {

@@ -38,6 +38,7 @@ class RunLogger(TensorBoardLogger):
         super().__init__(place.parent, "", place.name, default_hp_metric=False, prefix=prefix, **settings)
         self._done = resumed_step if run.tested_step == resumed_step else None  # only the test is left, as logged
         self.is_resumed = resumed_step is not None and any(place.glob("events.out.tfevents.*"))
+        run.closing.callback(self._close)
 
     @property
     @rank_zero_experiment
@@ -61,6 +62,17 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         """Brings events onto the disk; no hparams.yaml, whose place config.yaml takes."""
         self.experiment.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Leaves the file open from training to the test: the run closes it. TensorBoard reads files in the order of
+        their names, and of two that a process made in one second its 10th comes before its 9th."""
+        if self._experiment is not None:
+            self.save()
+
+    def _close(self) -> None:
+        if self._experiment is not None:
+            self._experiment.close()
 
 
 class _Writer(SummaryWriter):
