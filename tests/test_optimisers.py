@@ -323,6 +323,36 @@ def test_a_state_of_an_epochs_last_step_goes_on_with_the_rate_of_a_plateau() -> 
         assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
 
 
+class SaveAround(Checkpoint):
+    """Saves states around a validation after the fourth of six batches: before it, in it, and a batch later."""
+
+    def __init__(self, saves: bool) -> None:
+        self.saves = saves
+        self.validated: list[int] = []  # after these steps
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.saves and trainer.global_step in (4, 5):
+            trainer.save_checkpoint(f"step-{trainer.global_step}.ckpt")
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        self.validated.append(trainer.global_step)
+        if self.saves and trainer.global_step == 4:
+            trainer.save_checkpoint("within.ckpt")
+
+
+def test_a_validation_within_an_epoch_is_neither_lost_nor_forgotten() -> None:
+    whole, seen = plateau("val/loss"), SaveAround(saves=True)
+    trainer = fitted(whole, seen, val_check_interval=4)
+    assert seen.validated == [4, 10, 16]
+    for state, validated in (("step-4", [4, 10, 16]), ("within", [10, 16]), ("step-5", [10, 16])):
+        resumed, again = plateau("val/loss"), SaveAround(saves=False)
+        end = fitted(resumed, again, ckpt_path=f"{state}.ckpt", val_check_interval=4)
+        assert again.validated == validated
+        rates = [each.optimizers[0].param_groups[0]["lr"] for each in (trainer, end)]
+        assert rates == [pytest.approx(1e-4)] * 2, "the rate falls at each epoch's end"
+        assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+
+
 def test_a_state_before_what_a_plateau_follows_in_training_is_refused() -> None:
     fitted(plateau("train/loss"), SaveBefore())
     for state in ("step.ckpt", "validation.ckpt"):

@@ -215,6 +215,7 @@ class SavedModule(OptimisedModule):
         return {key: getattr(class_of(make) or make, "__name__", "") for key, make in made.items() if make is not None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.check_fits(checkpoint)
         if self.has_own_optimizer and getattr(getattr(self._trainer, "state", None), "fn", None) == "fit":
             self._check_optimizer(checkpoint)
