@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import lit_cifar.fit
+import lit_cifar.test
 from lit_cifar.cli.command import CLI
 from lit_cifar.cli.machine import explained
 from lit_cifar.model.chosen import make_optimizer
@@ -610,6 +612,17 @@ def test_a_run_with_adamw_is_plain_in_its_config_and_goes_on_with_other_settings
     assert (saved_group()["lr"], saved_group()["weight_decay"]) == (0.01, 0.1)
     message = error_of(lit_cifar.fit.main, ["--resume", "auto", "--model.optimizer", "Adam"])
     assert message.startswith("--resume: --model.optimizer was torch.optim.AdamW and is now torch.optim.Adam")
+
+
+def test_a_test_needs_neither_the_optimiser_nor_the_scheduler_of_the_training_run() -> None:
+    fit("--model.optimizer", "AdamW", "--model.scheduler", "StepLR", "--model.scheduler.step_size", "1")
+    content = torch.load(RUNS / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    model = content["lit_cifar"]["config"]["model"]
+    model["optimizer"]["class_path"], model["scheduler"] = "gone.Lion", "gone.my_scheduler"
+    torch.save(content, "theirs.ckpt")
+    lit_cifar.test.main(["--ckpt_path", "theirs.ckpt", *FEW[: FEW.index("--batch_size")], *LIMITS[-2:]])
+    tested = json.loads(Path("test-theirs.json").read_text())
+    assert tested["accuracy"] == results("version_0")["accuracy"]
 
 
 def halved(parameters: Any) -> torch.optim.Optimizer:
