@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -567,10 +568,27 @@ def test_settings_may_be_numpys() -> None:
         ({"scheduler": 3}, "scheduler=3 is no class"),
         ({"scheduler": torch.optim.lr_scheduler.StepLR, "scheduler_monitor": 3}, "scheduler_monitor=3 is no text"),
         ({"net": Net}, "net gives type, no torch.nn.Module"),
+        ({"lr": 10**400}, "is out of range: int too large to convert to float"),
+        ({"optimizer": {"class_path": "torch.optim.AdamW", "init_args": [0.1]}}, "is no class, such as"),
     ],
 )
 def test_settings_that_the_parser_would_refuse_are_refused_in_python(options: dict[str, Any], message: str) -> None:
     assert message in error_of(lambda: LitClassifier(**{"net": Net(), **options}))
+
+
+@dataclass(frozen=True)
+class Noted(Group):
+    note: str = ""
+
+
+def test_a_group_may_be_of_a_class_of_ones_own() -> None:
+    (group,) = classifier(groups=[Noted("all", "", lr=0.5, note="mine")]).groups
+    assert (group.name, group.lr) == ("all", 0.5)
+
+
+def test_a_transform_that_is_no_module_is_told_what_is_wanted() -> None:
+    message = error_of(lambda: CIFAR10DataModule(transform=torchvision.transforms.Compose([])))  # type: ignore[arg-type]
+    assert message == "transform of Compose is no list of torch.nn.Module"
 
 
 def step_lr(optimizer: torch.optim.Optimizer) -> Any:

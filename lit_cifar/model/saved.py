@@ -265,7 +265,8 @@ def _listed(makers: dict[str, Any]) -> str:
 
 def _names_class(value: Any) -> bool:
     """Whether a setting is something that is made, such as a net."""
-    return isinstance(value, dict) and isinstance(value.get("class_path"), str)
+    is_named = isinstance(value, dict) and isinstance(value.get("class_path"), str)
+    return is_named and isinstance(value.get("init_args") or {}, dict)
 
 
 def _are_named(classes: tuple[str, ...]) -> bool:
