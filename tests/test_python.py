@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import ROOT, Asking, error_of, results
+from helpers import ROOT, Asking, error_of, results, weights
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -632,6 +632,19 @@ def test_commands_go_on_with_and_export_a_checkpoint_of_a_plain_trainer() -> Non
     assert message.startswith("--resume: --model.optimizer.weight_decay was 0.05 and is now 0.3")
     lit_cifar.fit.main([*again, "--max_epochs", "2", "--accelerator", "cpu"])
     assert results("version_0")["num_steps"] == 4
+
+
+def test_commands_go_on_with_what_was_saved_after_a_test_as_with_what_was_saved_before() -> None:
+    trainer, module = plain_trainer(limit_train_batches=2, limit_test_batches=1), classifier()
+    trainer.fit(module, datamodule=CIFAR10DataModule(dataset="shapes", batch_size=100, num_val=100))
+    trainer.save_checkpoint("before.ckpt")
+    trainer.test(module, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+    trainer.save_checkpoint("after.ckpt")
+    limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1", "--log_level", "warning"]
+    limits += ["--dataset", "shapes", "--batch_size", "100", "--data.num_val", "100", "--accelerator", "cpu"]
+    for name in ("before", "after"):
+        lit_cifar.fit.main(["--resume", f"{name}.ckpt", "--max_epochs", "2", *limits])
+    assert all(map(torch.equal, weights("version_0").values(), weights("version_1").values()))
 
 
 @pytest.mark.parametrize("optimizer", [None, lambda weights: torch.optim.AdamW(weights, lr=0.002)])

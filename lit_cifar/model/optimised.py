@@ -350,7 +350,7 @@ class OptimisedModule(LightningModule):
             schedule.base_lrs = [group["lr"] for group in new.param_groups]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes the states of schedulers readable to whoever resumes: of ours, and of weight averaging's. Keeps what our
+        """Makes the states of schedulers readable to whoever resumes, ours and weight averaging's. Keeps what our
         ReduceLROnPlateau will be told at the epoch's end, where it is known already."""
         checkpoint["lr_schedulers"] = plain(checkpoint.get("lr_schedulers", []))
         known = self.trainer.callback_metrics
