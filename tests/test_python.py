@@ -28,6 +28,7 @@ from torchvision.transforms import v2
 import lit_cifar.export
 import lit_cifar.fit
 from lit_cifar import CIFAR10DataModule, LitClassifier, load
+from lit_cifar.data.augment import Augment
 from lit_cifar.model.optim import Group
 from lit_cifar.model.saved import net_settings
 from lit_cifar.nets import Net, ResNet18, SpeedNet
@@ -632,6 +633,26 @@ def test_commands_go_on_with_and_export_a_checkpoint_of_a_plain_trainer() -> Non
     assert message.startswith("--resume: --model.optimizer.weight_decay was 0.05 and is now 0.3")
     lit_cifar.fit.main([*again, "--max_epochs", "2", "--accelerator", "cpu"])
     assert results("version_0")["num_steps"] == 4
+
+
+def test_a_command_goes_on_with_the_batches_of_a_checkpoint_from_python() -> None:
+    def data() -> CIFAR10DataModule:
+        augment = Augment(flip="random")
+        return CIFAR10DataModule(dataset="shapes", batch_size=50, num_val=100, seed=3, drop_last=True, augment=augment)
+
+    few: dict[str, Any] = {"limit_train_batches": 3, "limit_val_batches": 1}
+    trainer, module = plain_trainer(**few), classifier()
+    trainer.fit(module, datamodule=data())
+    trainer.save_checkpoint("a.ckpt")
+    plain_trainer(**few, max_epochs=2).fit(module, datamodule=data(), ckpt_path="a.ckpt", weights_only=True)
+    limits = ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1", "--log_level", "warning"]
+    limits += ["--trainer.limit_test_batches", "1"]
+    lit_cifar.fit.main(["--resume", "a.ckpt", "--max_epochs", "2", "--accelerator", "cpu", *limits])
+    assert results("version_0")["batch_size"] == 50
+    ours = module.net.state_dict()
+    assert all(weights("version_0")[f"net.{name}"].equal(ours[name]) for name in ours)
+    message = error_of(lit_cifar.fit.main, ["--resume", "a.ckpt", "--seed", "4", *limits])
+    assert message.startswith("--resume: --seed was 3 and is now 4")
 
 
 def test_commands_go_on_with_what_was_saved_after_a_test_as_with_what_was_saved_before() -> None:
