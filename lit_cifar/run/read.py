@@ -24,7 +24,7 @@ from lit_cifar.run.trust import is_plain
 from lit_cifar.text import nearest
 
 TRAINED = Path(__file__).parents[1] / "trained"  # the folder of the nets that come with the package
-OF_ORDER = ("dataset", "batch_size", "num_val", "drop_last", "augment")  # of the data: which images make a batch, and how
+OF_ORDER = ("dataset", "batch_size", "num_val", "drop_last", "augment")  # of the data: what makes a batch
 MAX_PICKLE_BYTES = 2**22  # of a checkpoint, without its tensors; a small run's is 10 to 100 kB
 # what states are compared with: sums and counts,
 RUNNING_LOSS = {window: [0.0, 0] for window in ("logged", "printed", "epoch")}
