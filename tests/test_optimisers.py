@@ -157,12 +157,21 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("interval", ["epoch", pytest.param("step", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_of_torch_resumes_to_the_bit(name: str, interval: Any) -> None:
+    made: dict[str, Any] = {"scheduler": functools.partial(getattr(lr_scheduler, name), **SCHEDULERS[name])}
     if name == "ReduceLROnPlateau" and interval == "step":
-        pytest.skip("what it follows changes once in an epoch")
-    scheduler = functools.partial(getattr(lr_scheduler, name), **SCHEDULERS[name])
-    assert_resumes_to_the_bit(
-        lambda: LitClassifier(matrices(), optimizer=AdamW, scheduler=scheduler, scheduler_interval=interval)
-    )
+        made["scheduler_monitor"] = "train/loss"  # a validation's values change with epochs only
+    assert_resumes_to_the_bit(lambda: LitClassifier(matrices(), optimizer=AdamW, scheduler_interval=interval, **made))
+
+
+def test_a_plateau_of_steps_is_told_the_loss_of_each_and_resumes_to_the_bit() -> None:
+    def make() -> LitClassifier:
+        scheduler = functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0, factor=0.9)
+        made: dict[str, Any] = {"scheduler": scheduler, "scheduler_interval": "step"}
+        return LitClassifier(matrices(), lr=0.1, scheduler_monitor="train/loss", **made)
+
+    assert_resumes_to_the_bit(make)
+    (group,) = torch.load("epoch.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == pytest.approx(0.1 * 0.9**12)
 
 
 def sequence(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:

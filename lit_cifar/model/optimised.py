@@ -269,6 +269,10 @@ class OptimisedModule(LightningModule):
             self._check_length(schedule, configs[0].interval)  # type: ignore[arg-type]
             if self._follows(schedule):
                 self._follow_at_last(configs[0])
+            elif isinstance(schedule, lr_scheduler.ReduceLROnPlateau) and schedule.last_epoch < trainer.global_step:
+                known = trainer.callback_metrics.get(str(configs[0].monitor))
+                if known is not None:  # the state was saved before Lightning told it
+                    schedule.step(known)  # type: ignore[arg-type]
 
     def _follow_at_last(self, config: Any) -> None:
         """Has our ReduceLROnPlateau told what it follows, where a state was saved after an epoch's last step and before
@@ -329,8 +333,10 @@ class OptimisedModule(LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def _follows(self, scheduler: Any) -> bool:
+        """Whether it is ours and a ReduceLROnPlateau of epochs; Lightning tells one of steps what it follows."""
         is_ours = scheduler is getattr(self.trainer.optimizers[0], "lit_cifars_schedule", None)
-        return is_ours and isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+        is_plateau = is_ours and isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+        return is_plateau and self.trainer.lr_scheduler_configs[0].interval == "epoch"
 
     def _wanted(self, interval: Any) -> tuple[float, int | None]:
         length = self._made_for[1] if self._made_for else None
@@ -350,11 +356,11 @@ class OptimisedModule(LightningModule):
             schedule.base_lrs = [group["lr"] for group in new.param_groups]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes the states of schedulers readable to whoever resumes, ours and weight averaging's. Keeps what our
-        ReduceLROnPlateau will be told at the epoch's end, where it is known already."""
+        """Makes the states of schedulers readable to whoever resumes, ours and weight averaging's. Keeps what a
+        ReduceLROnPlateau will be told next, where it is known already."""
         checkpoint["lr_schedulers"] = plain(checkpoint.get("lr_schedulers", []))
         known = self.trainer.callback_metrics
-        names = {str(config.monitor) for config in self.trainer.lr_scheduler_configs if self._follows(config.scheduler)}
+        names = {str(config.monitor) for config in self.trainer.lr_scheduler_configs}
         checkpoint["followed"] = {name: float(known[name]) for name in names & known.keys() if not self._has_followed}
         for state in checkpoint.get("callbacks", {}).values():
             if isinstance(state, dict) and isinstance(state.get("scheduler_state"), dict):
