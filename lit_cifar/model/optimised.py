@@ -272,7 +272,7 @@ class OptimisedModule(LightningModule):
             elif isinstance(schedule, lr_scheduler.ReduceLROnPlateau) and schedule.last_epoch < trainer.global_step:
                 known = trainer.callback_metrics.get(str(configs[0].monitor))
                 if known is not None:  # the state was saved before Lightning told it
-                    schedule.step(known)  # type: ignore[arg-type]
+                    schedule.step(known)
 
     def _follow_at_last(self, config: Any) -> None:
         """Has our ReduceLROnPlateau told what it follows, where a state was saved after an epoch's last step and before
