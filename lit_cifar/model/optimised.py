@@ -359,8 +359,8 @@ class OptimisedModule(LightningModule):
         """Makes the states of schedulers readable to whoever resumes, ours and weight averaging's. Keeps what a
         ReduceLROnPlateau will be told next, where it is known already."""
         checkpoint["lr_schedulers"] = plain(checkpoint.get("lr_schedulers", []))
-        known = self.trainer.callback_metrics
-        names = {str(config.monitor) for config in self.trainer.lr_scheduler_configs}
+        known = self._trainer.callback_metrics if self._trainer else {}
+        names = {str(config.monitor) for config in self.trainer.lr_scheduler_configs} if self._trainer else set()
         checkpoint["followed"] = {name: float(known[name]) for name in names & known.keys() if not self._has_followed}
         for state in checkpoint.get("callbacks", {}).values():
             if isinstance(state, dict) and isinstance(state.get("scheduler_state"), dict):
