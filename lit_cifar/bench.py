@@ -30,7 +30,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 
 from lit_cifar import clock, fit, log
-from lit_cifar.cli import machine
+from lit_cifar.cli import finders, machine
 from lit_cifar.cli.command import CLI, set_up
 from lit_cifar.cli.configs import find_config, recipes
 from lit_cifar.cli.parser import truth
@@ -185,6 +185,11 @@ def _bench_fit(config: str, own: argparse.Namespace, flags: list[str], again: st
     if trainer.limit_test_batches == 0 or trainer.fast_dev_run:
         flag = "fast_dev_run" if trainer.fast_dev_run else "limit_test_batches 0"
         raise UserError(f"--trainer.{flag}: bench measures the accuracy of tests, leave it out")
+    if own.keep and finders.without_finders(trainer.callbacks) is not trainer.callbacks:
+        raise UserError(
+            "--keep knows its runs by their settings, and LearningRateFinder and BatchSizeFinder change these: search "
+            "once with lit_cifar.fit, then measure with what it found; or leave --keep out"
+        )
     with _ended_in_order(again if own.keep else None), _folder_for_runs() as temporary:
         if own.warm:
             _fit_here([*flags, "--trainer.max_steps", str(WARM_UP_STEPS), "--trainer.default_root_dir", temporary])

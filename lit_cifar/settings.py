@@ -17,7 +17,7 @@ from jsonargparse.typing import (
     PositiveInt,
     restricted_number_type,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_cifar.errors import UserError
 from lit_cifar.text import printable
@@ -75,7 +75,7 @@ def checked(flag: str, value: Any, kind: Any) -> Any:
             )
     elif origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{flag} {shown} is no list")
+            raise UserError(f"{flag} {shown} is no list{' of torch.nn.Module' * (parts[0] is nn.Module)}")
         if origin is tuple and len(value) != len(parts):
             raise UserError(f"{flag} {shown}: give {len(parts)} numbers, one for each channel")
         kinds = parts if origin is tuple else parts * len(value)
@@ -99,9 +99,10 @@ def _checked_number(said: str, value: Any, kind: Any) -> Any:
         raise UserError(f"{said} is not {'True or False' if kind is bool else name}")
     try:
         kind(value)
-    except ValueError as error:
+        is_finite = math.isfinite(value)
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{said} is out of range: {error}") from None
-    if not math.isfinite(value):
+    if not is_finite:
         raise UserError(f"{said} is not finite")
     return bool(value) if kind is bool else int(value) if issubclass(kind, int) else float(value)
 
@@ -117,4 +118,4 @@ def _checked_fields(flag: str, value: Any, kind: Any) -> Any:
             f"{flag}: {printable(reprlib.repr(value))} is no {kind.__name__.lower()}: want {want}"
         ) from None
     prefix = f"{flag}: {made.name}'s " if "name" in hints else f"{flag}."
-    return kind(**checked_arguments(kind, vars(made), prefix))
+    return kind(**checked_arguments(kind, {key: getattr(made, key) for key in hints}, prefix))

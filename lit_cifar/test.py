@@ -27,6 +27,7 @@ from lit_cifar.text import in_command
 # of the checkpoint's config; by its batch size threads and kernels are chosen, as they were for the run's own test
 DATA_KEYS = ("data_dir", "dataset", "batch_size", "eval_batch_size", "mirrors")
 SECTIONS = {**dict.fromkeys(("seed_everything", "model_class", "model")), "data": DATA_KEYS}
+OF_TRAINING = {"optimizer", "scheduler", "scheduler_interval", "scheduler_monitor"}  # of the model; a test makes none
 WAY_OUT = "choose another place with --output"
 
 
@@ -93,7 +94,9 @@ def _tested(settings: Namespace) -> tuple[State, dict[str, Any]] | None:
     if not settings.ckpt_path:
         return None
     state = read_checkpoint(Path(settings.ckpt_path))
-    return state, checked_config(state, settings, SECTIONS)
+    model = state.config.get("model", {}).keys()
+    wanted = SECTIONS if state.config.get("model_class") else {**SECTIONS, "model": model - OF_TRAINING}
+    return state, checked_config(state, settings, wanted)
 
 
 if __name__ == "__main__":

@@ -327,6 +327,10 @@ def test_a_gpu_is_waited_for_and_named(
         ([RECIPE, "--stage", "walk"], "--stage: expected one of fit, step, loader"),
         ([RECIPE, "--warm", "maybe"], "--warm: expected true or false"),
         ([RECIPE, "--stage", "step", "--keep", "kept"], "^--keep and --warm are for --stage fit: leave them out$"),
+        (
+            [RECIPE, "--keep", "kept", "--trainer.callbacks+=LearningRateFinder"],
+            "--keep knows its runs by their settings, and LearningRateFinder",
+        ),
         ([RECIPE, "--keep", "s3://kept"], "--keep s3://kept: s3:// is not supported"),
         ([RECIPE, "--trainer.fast_dev_run", "true"], "--trainer.fast_dev_run: bench measures the accuracy of tests"),
         (

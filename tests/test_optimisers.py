@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import lit_cifar.fit
+import lit_cifar.test
 from lit_cifar.cli.command import CLI
 from lit_cifar.cli.machine import explained
 from lit_cifar.model.chosen import make_optimizer
@@ -155,12 +157,21 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("interval", ["epoch", pytest.param("step", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_of_torch_resumes_to_the_bit(name: str, interval: Any) -> None:
+    made: dict[str, Any] = {"scheduler": functools.partial(getattr(lr_scheduler, name), **SCHEDULERS[name])}
     if name == "ReduceLROnPlateau" and interval == "step":
-        pytest.skip("what it follows changes once in an epoch")
-    scheduler = functools.partial(getattr(lr_scheduler, name), **SCHEDULERS[name])
-    assert_resumes_to_the_bit(
-        lambda: LitClassifier(matrices(), optimizer=AdamW, scheduler=scheduler, scheduler_interval=interval)
-    )
+        made["scheduler_monitor"] = "train/loss"  # a validation's values change with epochs only
+    assert_resumes_to_the_bit(lambda: LitClassifier(matrices(), optimizer=AdamW, scheduler_interval=interval, **made))
+
+
+def test_a_plateau_of_steps_is_told_the_loss_of_each_and_resumes_to_the_bit() -> None:
+    def make() -> LitClassifier:
+        scheduler = functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, threshold=10.0, factor=0.9)
+        made: dict[str, Any] = {"scheduler": scheduler, "scheduler_interval": "step"}
+        return LitClassifier(matrices(), lr=0.1, scheduler_monitor="train/loss", **made)
+
+    assert_resumes_to_the_bit(make)
+    (group,) = torch.load("epoch.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == pytest.approx(0.1 * 0.9**12)
 
 
 def sequence(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
@@ -320,6 +331,36 @@ def test_a_state_of_an_epochs_last_step_goes_on_with_the_rate_of_a_plateau() -> 
         again = fitted(resumed, ckpt_path=state)
         rates = [each.optimizers[0].param_groups[0]["lr"] for each in (trainer, again)]
         assert rates == [pytest.approx(1e-4)] * 2
+        assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+
+
+class SaveAround(Checkpoint):
+    """Saves states around a validation after the fourth of six batches: before it, in it, and a batch later."""
+
+    def __init__(self, saves: bool) -> None:
+        self.saves = saves
+        self.validated: list[int] = []  # after these steps
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.saves and trainer.global_step in (4, 5):
+            trainer.save_checkpoint(f"step-{trainer.global_step}.ckpt")
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        self.validated.append(trainer.global_step)
+        if self.saves and trainer.global_step == 4:
+            trainer.save_checkpoint("within.ckpt")
+
+
+def test_a_validation_within_an_epoch_is_neither_lost_nor_forgotten() -> None:
+    whole, seen = plateau("val/loss"), SaveAround(saves=True)
+    trainer = fitted(whole, seen, val_check_interval=4)
+    assert seen.validated == [4, 10, 16]
+    for state, validated in (("step-4", [4, 10, 16]), ("within", [10, 16]), ("step-5", [10, 16])):
+        resumed, again = plateau("val/loss"), SaveAround(saves=False)
+        end = fitted(resumed, again, ckpt_path=f"{state}.ckpt", val_check_interval=4)
+        assert again.validated == validated
+        rates = [each.optimizers[0].param_groups[0]["lr"] for each in (trainer, end)]
+        assert rates == [pytest.approx(1e-4)] * 2, "the rate falls at each epoch's end"
         assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
 
 
@@ -580,6 +621,17 @@ def test_a_run_with_adamw_is_plain_in_its_config_and_goes_on_with_other_settings
     assert (saved_group()["lr"], saved_group()["weight_decay"]) == (0.01, 0.1)
     message = error_of(lit_cifar.fit.main, ["--resume", "auto", "--model.optimizer", "Adam"])
     assert message.startswith("--resume: --model.optimizer was torch.optim.AdamW and is now torch.optim.Adam")
+
+
+def test_a_test_needs_neither_the_optimiser_nor_the_scheduler_of_the_training_run() -> None:
+    fit("--model.optimizer", "AdamW", "--model.scheduler", "StepLR", "--model.scheduler.step_size", "1")
+    content = torch.load(RUNS / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    model = content["lit_cifar"]["config"]["model"]
+    model["optimizer"]["class_path"], model["scheduler"] = "gone.Lion", "gone.my_scheduler"
+    torch.save(content, "theirs.ckpt")
+    lit_cifar.test.main(["--ckpt_path", "theirs.ckpt", *FEW[: FEW.index("--batch_size")], *LIMITS[-2:]])
+    tested = json.loads(Path("test-theirs.json").read_text())
+    assert tested["accuracy"] == results("version_0")["accuracy"]
 
 
 def halved(parameters: Any) -> torch.optim.Optimizer:

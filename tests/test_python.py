@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import ROOT, Asking, error_of, results
+from helpers import ROOT, Asking, error_of, results, weights
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -27,6 +28,7 @@ from torchvision.transforms import v2
 import lit_cifar.export
 import lit_cifar.fit
 from lit_cifar import CIFAR10DataModule, LitClassifier, load
+from lit_cifar.data.augment import Augment
 from lit_cifar.model.optim import Group
 from lit_cifar.model.saved import net_settings
 from lit_cifar.nets import Net, ResNet18, SpeedNet
@@ -567,10 +569,27 @@ def test_settings_may_be_numpys() -> None:
         ({"scheduler": 3}, "scheduler=3 is no class"),
         ({"scheduler": torch.optim.lr_scheduler.StepLR, "scheduler_monitor": 3}, "scheduler_monitor=3 is no text"),
         ({"net": Net}, "net gives type, no torch.nn.Module"),
+        ({"lr": 10**400}, "is out of range: int too large to convert to float"),
+        ({"optimizer": {"class_path": "torch.optim.AdamW", "init_args": [0.1]}}, "is no class, such as"),
     ],
 )
 def test_settings_that_the_parser_would_refuse_are_refused_in_python(options: dict[str, Any], message: str) -> None:
     assert message in error_of(lambda: LitClassifier(**{"net": Net(), **options}))
+
+
+@dataclass(frozen=True)
+class Noted(Group):
+    note: str = ""
+
+
+def test_a_group_may_be_of_a_class_of_ones_own() -> None:
+    (group,) = classifier(groups=[Noted("all", "", lr=0.5, note="mine")]).groups
+    assert (group.name, group.lr) == ("all", 0.5)
+
+
+def test_a_transform_that_is_no_module_is_told_what_is_wanted() -> None:
+    message = error_of(lambda: CIFAR10DataModule(transform=torchvision.transforms.Compose([])))  # type: ignore[arg-type]
+    assert message == "transform of Compose is no list of torch.nn.Module"
 
 
 def step_lr(optimizer: torch.optim.Optimizer) -> Any:
@@ -614,6 +633,39 @@ def test_commands_go_on_with_and_export_a_checkpoint_of_a_plain_trainer() -> Non
     assert message.startswith("--resume: --model.optimizer.weight_decay was 0.05 and is now 0.3")
     lit_cifar.fit.main([*again, "--max_epochs", "2", "--accelerator", "cpu"])
     assert results("version_0")["num_steps"] == 4
+
+
+def test_a_command_goes_on_with_the_batches_of_a_checkpoint_from_python() -> None:
+    def data() -> CIFAR10DataModule:
+        augment = Augment(flip="random")
+        return CIFAR10DataModule(dataset="shapes", batch_size=50, num_val=100, seed=3, drop_last=True, augment=augment)
+
+    few: dict[str, Any] = {"limit_train_batches": 3, "limit_val_batches": 1}
+    trainer, module = plain_trainer(**few), classifier()
+    trainer.fit(module, datamodule=data())
+    trainer.save_checkpoint("a.ckpt")
+    plain_trainer(**few, max_epochs=2).fit(module, datamodule=data(), ckpt_path="a.ckpt", weights_only=True)
+    limits = ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1", "--log_level", "warning"]
+    limits += ["--trainer.limit_test_batches", "1"]
+    lit_cifar.fit.main(["--resume", "a.ckpt", "--max_epochs", "2", "--accelerator", "cpu", *limits])
+    assert results("version_0")["batch_size"] == 50
+    ours = module.net.state_dict()
+    assert all(weights("version_0")[f"net.{name}"].equal(ours[name]) for name in ours)
+    message = error_of(lit_cifar.fit.main, ["--resume", "a.ckpt", "--seed", "4", *limits])
+    assert message.startswith("--resume: --seed was 3 and is now 4")
+
+
+def test_commands_go_on_with_what_was_saved_after_a_test_as_with_what_was_saved_before() -> None:
+    trainer, module = plain_trainer(limit_train_batches=2, limit_test_batches=1), classifier()
+    trainer.fit(module, datamodule=CIFAR10DataModule(dataset="shapes", batch_size=100, num_val=100))
+    trainer.save_checkpoint("before.ckpt")
+    trainer.test(module, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+    trainer.save_checkpoint("after.ckpt")
+    limits = ["--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1", "--log_level", "warning"]
+    limits += ["--dataset", "shapes", "--batch_size", "100", "--data.num_val", "100", "--accelerator", "cpu"]
+    for name in ("before", "after"):
+        lit_cifar.fit.main(["--resume", f"{name}.ckpt", "--max_epochs", "2", *limits])
+    assert all(map(torch.equal, weights("version_0").values(), weights("version_1").values()))
 
 
 @pytest.mark.parametrize("optimizer", [None, lambda weights: torch.optim.AdamW(weights, lr=0.002)])

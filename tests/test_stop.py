@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from helpers import ROOT, SHAPES, assert_same_run, results, weights
+from helpers import ROOT, SHAPES, assert_same_run, results, scalars, weights
+from lightning.pytorch import Callback, Trainer
 
 import lit_cifar.fit
 from lit_cifar.errors import UserError
@@ -203,6 +205,30 @@ def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
     debris.write_bytes(b"half")
     lit_cifar.fit.main(["--resume", "lightning_logs/version_0", "--max_epochs", "2"])
     assert not debris.exists()
+
+
+class SignalAt(Callback):
+    """Has a signal come in a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_the_validation_after_the_step_of_a_signal_is_made_up_for_when_the_run_goes_on() -> None:
+    limits = ["--trainer.limit_train_batches", "5", "--trainer.limit_val_batches", "1", "--max_epochs", "1"]
+    flags = [*ARGS, *limits, "--trainer.limit_test_batches", "1", "--data.num_val", "20", "--log_level", "warning"]
+    flags += ["--trainer.val_check_interval", "3"]
+    lit_cifar.fit.main(flags)
+    callback = ["--trainer.callbacks+=test_stop.SignalAt", "--trainer.callbacks.step", "3"]
+    with pytest.raises(Stopped, match="after step 3"):
+        lit_cifar.fit.main([*flags, *callback])
+    assert "val/accuracy" not in scalars("version_1")
+    lit_cifar.fit.main(["--resume", "auto", "--trust", "true"])
+    assert_same_run("version_0", "version_1")
 
 
 # ---- runs that a callback ends ----

@@ -215,6 +215,7 @@ class SavedModule(OptimisedModule):
         return {key: getattr(class_of(make) or make, "__name__", "") for key, make in made.items() if make is not None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.check_fits(checkpoint)
         if self.has_own_optimizer and getattr(getattr(self._trainer, "state", None), "fn", None) == "fit":
             self._check_optimizer(checkpoint)
@@ -264,7 +265,8 @@ def _listed(makers: dict[str, Any]) -> str:
 
 def _names_class(value: Any) -> bool:
     """Whether a setting is something that is made, such as a net."""
-    return isinstance(value, dict) and isinstance(value.get("class_path"), str)
+    is_named = isinstance(value, dict) and isinstance(value.get("class_path"), str)
+    return is_named and isinstance(value.get("init_args") or {}, dict)
 
 
 def _are_named(classes: tuple[str, ...]) -> bool:

@@ -34,6 +34,10 @@ def check_state(checkpoint: dict[str, Any], trainer: Trainer, module: LightningM
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is made and tried here
             fit_loop, scaler = checkpoint["loops"]["fit_loop"], trainer.precision_plugin.state_dict()
+            batches = fit_loop["epoch_loop.batch_progress"]
+            if batches["is_last_batch"] and not fit_loop["state_dict"]:  # saved after a test: Lightning leaves it out
+                epoch = fit_loop["epoch_progress"]["current"]["ready"] - 1
+                fit_loop["state_dict"] = {"combined_loader": [{"epoch": epoch, "batch": batches["current"]["ready"]}]}
             loops = {**_common(trainer.fit_loop.state_dict(), fit_loop), "state_dict": {"combined_loader": [POSITION]}}
             wrong = first_mismatch(fit_loop, loops, "loops.fit_loop")
             wrong = wrong or _wrong_in_optimizer(checkpoint, callbacks, module)

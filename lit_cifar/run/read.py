@@ -24,6 +24,7 @@ from lit_cifar.run.trust import is_plain
 from lit_cifar.text import nearest
 
 TRAINED = Path(__file__).parents[1] / "trained"  # the folder of the nets that come with the package
+OF_ORDER = ("dataset", "batch_size", "num_val", "drop_last", "augment")  # of the data: what makes a batch
 MAX_PICKLE_BYTES = 2**22  # of a checkpoint, without its tensors; a small run's is 10 to 100 kB
 # what states are compared with: sums and counts,
 RUNNING_LOSS = {window: [0.0, 0] for window in ("logged", "printed", "epoch")}
@@ -53,8 +54,12 @@ class State(dict[str, Any]):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The run's settings; empty in a checkpoint that no command wrote."""
-        return self["lit_cifar"].get("config") or {}
+        """The run's settings; in a checkpoint that no command wrote those of the module and of CIFAR10DataModule."""
+        config: dict[str, Any] = self["lit_cifar"].get("config") or {}
+        theirs = self.get("datamodule_hyper_parameters")
+        if "data" not in config and isinstance(theirs, dict) and theirs.keys() >= {*OF_ORDER, "seed", "mirrors"}:
+            return {**config, "data": {key: theirs[key] for key in OF_ORDER}, "seed_everything": theirs["seed"]}
+        return config
 
     @property
     def classes(self) -> tuple[str, ...]:
