@@ -87,6 +87,7 @@ INTERNALS = {
     "_checkpoint_connector": [f"{LIGHTNING}:Trainer"],
     "_combined_loader": [f"{LIGHTNING}.loops.fit_loop:_FitLoop"],
     "_current_fx_name": [f"{LIGHTNING}:LightningModule"],
+    "_data_fetcher": [f"{LIGHTNING}.loops.fit_loop:_FitLoop"],
     "_data_source": [f"{LIGHTNING}.loops.fit_loop:_FitLoop", f"{LIGHTNING}.loops.evaluation_loop:_EvaluationLoop"],
     "_default_root_dir": [f"{LIGHTNING}:Trainer"],
     "_determine_batch_limits": [f"{LIGHTNING}.trainer.setup"],

@@ -1,13 +1,11 @@
 """OptimisedModule: the optimiser and the schedule of a training run, from settings to what the Trainer takes. optim.py
-has their arithmetic, module.py the loss."""
+has their arithmetic, plateau.py what a ReduceLROnPlateau is told, module.py the loss."""
 
 import inspect
 import math
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import lr_scheduler
@@ -18,6 +16,7 @@ from lit_cifar.model import steps
 from lit_cifar.model.chosen import class_of, default_of, make_optimizer, one_line
 from lit_cifar.model.data import num_train_batches
 from lit_cifar.model.optim import OPTIONS, Group, Schedule, lr_factor
+from lit_cifar.model.plateau import PlateauModule
 from lit_cifar.run.trust import is_plain
 from lit_cifar.run.write import plain
 
@@ -25,7 +24,7 @@ Interval = Literal["step", "epoch"]
 CYCLES = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)  # which go by steps, and have a rate of their own: max_lr
 
 
-class OptimisedModule(LightningModule):
+class OptimisedModule(PlateauModule):
     """A module whose `net` is trained by SGD, by groups of SGD and Muon, or by an optimiser and a scheduler of the
     user's, with a schedule over all steps. LitClassifier says what its settings mean."""
 
@@ -47,8 +46,7 @@ class OptimisedModule(LightningModule):
         self._optimizer, self._scheduler = given["optimizer"], given["scheduler"]
         self.scheduler_interval, self.scheduler_monitor = given["scheduler_interval"], given["scheduler_monitor"]
         self._planned_steps: int | None = None
-        self._has_followed = False  # a ReduceLROnPlateau, in this epoch
-        self._followed: dict[str, float] = {}  # what it will follow, by name, as a state said
+        self._followed = {}
         self._made_for: tuple[float, int | None] | None = None  # rate and length that the user's scheduler was made for
         for key, default in OPTIONS.items():  # what is None for an optimiser of the user's is up to it
             setattr(self, key, default if given[key] is None and self._optimizer is None else given[key])
@@ -241,10 +239,8 @@ class OptimisedModule(LightningModule):
         trainer = self.trainer
         # Lightning leaves it at 1 for the rest of an epoch that is resumed in its middle
         trainer.accumulate_grad_batches = steps.accumulation(trainer, trainer.current_epoch)
-        self._planned_steps, self._has_followed = None, False
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._followed.items()})
-        self._followed = {}
-        self._validate_what_is_due()
+        self._planned_steps = None
+        self.begin_following()
         optimizer: Any = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         if not hasattr(optimizer, "lit_cifars_schedule"):
             return
@@ -267,76 +263,7 @@ class OptimisedModule(LightningModule):
             configs[0].scheduler = optimizer.lit_cifars_schedule = self._make_scheduler(optimizer)["scheduler"]
         else:
             self._check_length(schedule, configs[0].interval)  # type: ignore[arg-type]
-            if self._follows(schedule):
-                self._follow_at_last(configs[0])
-            elif isinstance(schedule, lr_scheduler.ReduceLROnPlateau) and schedule.last_epoch < trainer.global_step:
-                known = trainer.callback_metrics.get(str(configs[0].monitor))
-                if known is not None:  # the state was saved before Lightning told it
-                    schedule.step(known)
-
-    def _follow_at_last(self, config: Any) -> None:
-        """Has our ReduceLROnPlateau told what it follows, where a state was saved after an epoch's last step and before
-        that: Lightning takes such an epoch as done, and leaves its validation out.
-
-        Raises:
-            UserError: it follows what was known at that epoch's end only.
-        """
-        loop: Any = self.trainer.fit_loop.epoch_loop
-        is_validated = loop.restarted_on_last and self.trainer.fit_loop.restarted_mid_epoch
-        is_due = config.scheduler.last_epoch < (self.current_epoch + is_validated) // config.frequency
-        is_at_end = loop.batch_progress.is_last_batch and (loop.restarted_on_train_batch_end or is_validated)
-        if not (is_due and is_at_end):
-            return
-        if not config.monitor.startswith("val/"):
-            raise UserError(
-                f"the state was saved in an epoch's last step, before {config.monitor} was there, which "
-                "ReduceLROnPlateau follows: go on with another state"
-            )
-        self._validate()
-        self._has_followed = False
-
-    def _validate_what_is_due(self) -> None:
-        """Validates where a state was saved within an epoch, after a batch and before the validation that follows it,
-        which Lightning leaves out: its values would be missing, and so would the best state be."""
-        loop: Any = self.trainer.fit_loop.epoch_loop
-        is_within = loop.restarted_on_train_batch_end and not loop.batch_progress.is_last_batch
-        if is_within and _TrainingEpochLoop._should_check_val_fx(loop, self.trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
-            loop.val_loop.restarting = False
-            self._validate()
-
-    def _validate(self) -> None:
-        self.trainer.validating = True
-        self.trainer.fit_loop.epoch_loop.val_loop.run()
-        self.trainer.training = True
-
-    def follow(self, of: str = "") -> None:
-        """Tells our ReduceLROnPlateau, at the end of an epoch, the value that it follows, if it begins with `of`.
-
-        Lightning does so after states are saved, and not at the end of an epoch that was resumed in its middle, so that
-        a resumed run would go on with another rate.
-        """
-        for config in self.trainer.lr_scheduler_configs:
-            value = self.trainer.callback_metrics.get(str(config.monitor))
-            if self._follows(config.scheduler) and value is not None and str(config.monitor).startswith(of):
-                config.scheduler.step(value)  # type: ignore[arg-type]
-                self._has_followed = True
-
-    def on_train_epoch_end(self) -> None:
-        frequencies = [config.frequency for config in self.trainer.lr_scheduler_configs]
-        if not self._has_followed and all((self.current_epoch + 1) % frequency == 0 for frequency in frequencies):
-            self.follow()
-        self._has_followed = False
-
-    @calls_chosen("in training")
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        if not self._follows(scheduler):
-            super().lr_scheduler_step(scheduler, metric)
-
-    def _follows(self, scheduler: Any) -> bool:
-        """Whether it is ours and a ReduceLROnPlateau of epochs; Lightning tells one of steps what it follows."""
-        is_ours = scheduler is getattr(self.trainer.optimizers[0], "lit_cifars_schedule", None)
-        is_plateau = is_ours and isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
-        return is_plateau and self.trainer.lr_scheduler_configs[0].interval == "epoch"
+            self.follow_at_start(configs[0])
 
     def _wanted(self, interval: Any) -> tuple[float, int | None]:
         length = self._made_for[1] if self._made_for else None
@@ -359,17 +286,10 @@ class OptimisedModule(LightningModule):
         """Makes the states of schedulers readable to whoever resumes, ours and weight averaging's. Keeps what a
         ReduceLROnPlateau will be told next, where it is known already."""
         checkpoint["lr_schedulers"] = plain(checkpoint.get("lr_schedulers", []))
-        known = self._trainer.callback_metrics if self._trainer else {}
-        names = {str(config.monitor) for config in self.trainer.lr_scheduler_configs} if self._trainer else set()
-        checkpoint["followed"] = {name: float(known[name]) for name in names & known.keys() if not self._has_followed}
+        checkpoint["followed"] = self.what_is_followed()
         for state in checkpoint.get("callbacks", {}).values():
             if isinstance(state, dict) and isinstance(state.get("scheduler_state"), dict):
                 state["scheduler_state"] = plain(state["scheduler_state"])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        followed = checkpoint.get("followed")
-        followed = followed if isinstance(followed, dict) else {}
-        self._followed = {str(name): value for name, value in followed.items() if isinstance(value, (int, float))}
 
     def _can_fuse(self) -> bool:
         # one call for all parameters: 124 instead of 246 us a step for the tutorial's net (one CPU thread, torch 2.15);
