@@ -235,9 +235,10 @@ def peak_memory() -> dict[str, int | None]:
     if resource is not None:
         own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         with suppress(OSError, IndexError):  # Linux, where ru_maxrss is no less than the peak of what started us
-            own = int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
+            own = int(Path("/proc/self/status").read_bytes().split(b"VmHWM:")[1].split()[0])
         peak = max(own, children) * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    # is_available() alone takes 0.3 ms where there is no GPU, and this is asked at each logged step
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() and torch.cuda.is_available() else None
     return {"resident": peak, "gpu": gpu}
 
 
