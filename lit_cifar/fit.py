@@ -223,8 +223,9 @@ def _earlier_seconds(run: Run, state: State | None) -> list[dict[str, float]]:
     if state is None:
         return []
     noted: Any = state.chosen.get("seconds")
-    if run.is_claimed and run.tested_step == state.step:
-        whole = read_json(run.results).get("seconds")
+    results = read_json(run.results) if run.is_claimed else {}
+    if results.get("num_steps") == state.step:
+        whole = results.get("seconds")
         noted = whole.get("pieces", [whole]) if isinstance(whole, dict) else noted
     if not (isinstance(noted, list) and all(isinstance(piece, dict) for piece in noted)):
         return []
