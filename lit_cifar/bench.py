@@ -14,18 +14,14 @@ import math
 import os
 import platform
 import shlex
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 
@@ -35,15 +31,11 @@ from lit_cifar.cli.command import CLI, set_up
 from lit_cifar.cli.configs import find_config, recipes
 from lit_cifar.cli.parser import truth
 from lit_cifar.errors import FlagParser, UserError
-from lit_cifar.files import local_path, read_whole
+from lit_cifar.files import local_path
 from lit_cifar.model.classifier import normalise
-from lit_cifar.process import LAUNCHER_VARIABLE
 from lit_cifar.results.report import commit, versions
-from lit_cifar.run.folder import RUNS, Run, run_version
-from lit_cifar.run.read import states_of
-from lit_cifar.run.stop import STOP_SIGNALS, Stopped
-from lit_cifar.runs import read_run
-from lit_cifar.text import columns, definitions, in_command, printable, wrapped
+from lit_cifar.seeds import ended_in_order, fit_alone, fit_here, runs_of
+from lit_cifar.text import columns, definitions, in_command, wrapped
 
 STAGES = ("fit", "step", "loader")
 PROGRAM = "python -m lit_cifar.bench"
@@ -190,10 +182,22 @@ def _bench_fit(config: str, own: argparse.Namespace, flags: list[str], again: st
             "--keep knows its runs by their settings, and LearningRateFinder and BatchSizeFinder change these: search "
             "once with lit_cifar.fit, then measure with what it found; or leave --keep out"
         )
-    with _ended_in_order(again if own.keep else None), _folder_for_runs() as temporary:
+    with ended_in_order(again if own.keep else None), _folder_for_runs() as temporary:
         if own.warm:
-            _fit_here([*flags, "--trainer.max_steps", str(WARM_UP_STEPS), "--trainer.default_root_dir", temporary])
-        runs = list(_runs(command, own, flags, local_path(own.keep or temporary, "--keep")))
+            fit_here([*flags, "--trainer.max_steps", str(WARM_UP_STEPS), "--trainer.default_root_dir", temporary])
+        folder = local_path(own.keep or temporary, "--keep")
+        wanted = command.plain_config if own.keep else {}
+        first = command.config.seed_everything
+        runs = []
+        for run in runs_of(range(first, first + own.runs), flags, folder, wanted, fit_here if own.warm else fit_alone):
+            runs.append(run)
+            seconds = run["seconds"]
+            print(
+                f"run {len(runs)} of {own.runs}: seed {run['seed']}, accuracy {100 * run['accuracy']:.2f} %, "
+                f"fit {seconds['fit']:.1f} s, of it steps {seconds['steps']:.1f} s, whole process "
+                f"{seconds['total']:.1f} s",
+                flush=True,
+            )
     place = device(str(trainer.accelerator))
     title = f"\n{config} on {runs[0]['dataset']}, {runs[0]['num_train']:,} training images; {place}"
     # seconds of the others are sums over several processes, without what a kill lost
@@ -217,117 +221,9 @@ def _bench_fit(config: str, own: argparse.Namespace, flags: list[str], again: st
     }
 
 
-def _runs(command: CLI, own: argparse.Namespace, flags: list[str], folder: Path) -> Iterator[dict[str, Any]]:
-    """results.json of each run; those that the folder keeps are all looked at before one is trained."""
-    first = command.config.seed_everything
-    places = {seed: folder / f"seed_{seed}" for seed in range(first, first + own.runs)}
-    settings = command.plain_config if own.keep else {}
-    kept = {seed: _find_run(place, {**settings, "seed_everything": seed}) for seed, place in places.items()}
-    for number, (seed, (found, is_finished)) in enumerate(kept.items()):
-        if not is_finished:
-            args = [*flags, "--seed", str(seed), "--trainer.default_root_dir", str(places[seed])]
-            args += ["--resume", str(found.folder)] if found else []
-            (_fit_here if own.warm else _fit_in_process)(args)
-            found, _ = _find_run(places[seed], {})
-        assert found is not None
-        run = json.loads(read_whole(found.results))
-        print(
-            f"run {number + 1} of {own.runs}: seed {seed}, accuracy {100 * run['accuracy']:.2f} %, "
-            f"fit {run['seconds']['fit']:.1f} s, of it steps {run['seconds']['steps']:.1f} s, whole process "
-            f"{run['seconds']['total']:.1f} s",
-            flush=True,
-        )
-        yield run
-
-
-def _find_run(place: Path, wanted: dict[str, Any]) -> tuple[Run | None, bool]:
-    """The newest run in a folder that is finished, or else the newest that can go on; and whether it is finished.
-
-    Raises:
-        UserError: a run there has other settings than those that are wanted, or another process trains it.
-    """
-    found, is_finished = None, False
-    for folder in sorted((place / RUNS).glob("version_*"), key=run_version):
-        run = Run(folder=folder)
-        if run.is_in_use:
-            run.claim()  # waits for a process that is on its way out
-            run.unlock()
-        before = yaml.safe_load(read_whole(run.config)) if run.config.is_file() else {}
-        if differences := _differences(before, wanted):
-            raise UserError(f"{folder} has other settings: {'; '.join(differences[:3])}; name another folder")
-        done = read_run(folder).state == "done"
-        if done or (states_of(folder) and not is_finished):
-            found, is_finished = run, done
-    return found, is_finished
-
-
-def _differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """What two configs set differently. A setting that only one of them has is another version's."""
-    if isinstance(before, dict) and isinstance(now, dict) and not key.endswith("dict_kwargs"):
-        shared = [name for name in now if name in before and f"{key}.{name}" != "trainer.default_root_dir"]
-        return [line for name in shared for line in _differences(before[name], now[name], f"{key}.{name}".strip("."))]
-    return [] if before == now else [f"--{key} was {printable(str(before))} and is now {printable(str(now))}"]
-
-
 def _folder_for_runs() -> "tempfile.TemporaryDirectory[str]":
     # on Windows what somebody still reads, such as a virus scanner, stays, and that is no reason to lose the figures
     return tempfile.TemporaryDirectory(prefix="lit_cifar-bench-", ignore_cleanup_errors=True)
-
-
-@contextlib.contextmanager
-def _ended_in_order(again: str | None = None) -> Iterator[None]:
-    """Lets a signal that would end this process end the run of fit and remove the folder first; or let the run save its
-    state, where the command `again` goes on with it."""
-
-    def end(number: int, frame: object) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        if again is None:
-            sys.exit(128 + number)
-        raise Stopped(f"stopped by {signal.Signals(number).name}")
-
-    named = [*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGTERM)]
-    numbers = [number for number in named if signal.getsignal(number) == signal.SIG_DFL]
-    try:
-        for number in numbers:
-            signal.signal(number, end)
-        yield
-    except Stopped as stopped:  # here, or in a run in this process
-        if again is None:
-            sys.exit(128 + signal.SIGTERM)
-        raise Stopped(f"{str(stopped).split(';')[0]}; go on with {again}") from None
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _fit_in_process(args: list[str]) -> None:
-    command = [sys.executable, "-m", "lit_cifar.fit", *args]
-    environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid()), "PYTHONIOENCODING": "utf-8"}
-    text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "env": environment}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, **text) as process:
-        try:
-            stdout, stderr = process.communicate()
-        except BaseException as error:
-            if not isinstance(error, Stopped):
-                process.kill()
-            elif sys.platform != "win32":  # where Ctrl-Break reaches it too, and terminate() is kill()
-                process.terminate()
-            process.communicate()
-            raise
-    if process.returncode < 0:
-        raise UserError(f"a run was ended by {signal.Signals(-process.returncode).name}, perhaps for want of memory")
-    last = (stderr.splitlines() or [""])[-1]
-    if process.returncode and last.startswith("lit_cifar: "):  # not with a traceback
-        raise UserError(last.removeprefix("lit_cifar: ").removeprefix("error: "))
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{stdout}{stderr}")
-
-
-def _fit_here(args: list[str]) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
-        fit.main(args)
 
 
 # ---- step ----
@@ -378,7 +274,7 @@ def _bench_step(config: str, num_runs: int, flags: list[str]) -> dict[str, Any]:
             times.append(time.perf_counter())
 
     measured: dict[str, list[float]] = {"as configured": [], "barebones": []}
-    with _ended_in_order(), _folder_for_runs() as folder:
+    with ended_in_order(), _folder_for_runs() as folder:
         for _ in range(num_runs):
             for kind, values in measured.items():
                 take_steps([*flags, "--trainer.default_root_dir", folder], num_steps, kind == "barebones", note)

@@ -17,7 +17,7 @@ import torch
 from helpers import ROOT, Run, error_of, followed, make_tree, results, weights
 from pretend import pretended
 
-from lit_cifar import bench, fit
+from lit_cifar import bench, fit, seeds
 from lit_cifar.errors import UserError
 from lit_cifar.model.module import LitClassifier
 from lit_cifar.run import folder, lock
@@ -93,9 +93,9 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def fit_here(args: list[str]) -> None:
         made.append(args)
-        bench._fit_here(args)
+        seeds.fit_here(args)
 
-    monkeypatch.setattr(bench, "_fit_in_process", fit_here)
+    monkeypatch.setattr(bench, "fit_alone", fit_here)
     return made
 
 
@@ -169,7 +169,7 @@ def test_runs_with_other_settings_are_refused_in_a_line_that_names_one(monkeypat
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("a run started"))
     run = Path("kept/seed_0/lightning_logs/version_0")
     for recipe, flags, change in (
-        (RECIPE, ["--precision", "bf16-mixed"], "--trainer.precision was None and is now bf16-mixed;"),
+        (RECIPE, ["--precision", "bf16-mixed"], "--trainer.precision was nothing and is now bf16-mixed;"),
         (RECIPE, ["--batch_size", "50"], "--data.batch_size was 100 and is now 50;"),
         (
             RECIPE,
@@ -179,7 +179,7 @@ def test_runs_with_other_settings_are_refused_in_a_line_that_names_one(monkeypat
         (
             "speedrun94",
             [],
-            "--trainer.max_epochs was 2 and is now 9; --model.net.class_path was lit_cifar.nets.Net and",
+            "--data.augment.crop was 0 and is now 2; --data.augment.flip was none and is now alternating;",
         ),
     ):
         line = error_of(bench.main, [recipe, "--keep", "kept", *QUICK, *flags])

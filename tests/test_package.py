@@ -28,7 +28,7 @@ ROOMS = [
     {"model"},
     {"training"},
     {"cli"},
-    {"__main__", "fit", "test", "predict", "export", "bench", "runs", "sweep"},
+    {"__main__", "fit", "test", "predict", "export", "bench", "seeds", "runs", "sweep"},
 ]
 COMMANDS = ROOMS[-1]
 NO_ROOMS = ("__init__.py", "__pycache__", "py.typed", "trained")
