@@ -216,7 +216,7 @@ def loader(args: argparse.Namespace) -> Section:
 def speedrun94(args: argparse.Namespace) -> Section:
     """Ours over some seeds, in the faster precision. A whole run of the peer takes long: its steps are timed before and
     after ours."""
-    flags = bench_flags(args, "speedrun94", 3)
+    flags = bench_flags(args, "speedrun94", 5)
     step_seconds = {precision: _speedrun_step(args, precision) for precision in ("32-true", "bf16-mixed")}
     if not args.precision:
         flags += ["--precision", min(step_seconds, key=step_seconds.__getitem__)]
@@ -333,11 +333,11 @@ def spread(values: list[float]) -> str:
 
 
 def _speedrun_step(args: argparse.Namespace, precision: str) -> float:
-    """Mean seconds of two steps in each of the five parts of `sides`, after a first step."""
+    """Mean seconds of three steps at each of the three sides, after a first step."""
     flags = ["--config", "configs/speedrun94.yaml", "--data_dir", args.data_dir, "--precision", precision]
-    flags += ["--trainer.max_steps", 11, "--trainer.limit_test_batches", 1, "--trainer.enable_checkpointing", "false"]
+    flags += ["--trainer.max_steps", 10, "--trainer.limit_test_batches", 1, "--trainer.enable_checkpointing", "false"]
     seconds = fit(*flags)["seconds"]
-    return float(seconds["fit"] - seconds["first_step"]) / 10
+    return float(seconds["fit"] - seconds["first_step"]) / 9
 
 
 def processes(args: argparse.Namespace) -> Section:
@@ -510,7 +510,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", choices=list(SECTIONS), default=[name for name in SECTIONS if name not in HOURS]
     )
-    parser.add_argument("--runs", type=int, help="of each recipe, in place of 3, 3, 2 and 1")
+    parser.add_argument("--runs", type=int, help="of each recipe, in place of 5, 3, 2 and 1")
     parser.add_argument("--precision", help="of the recipes' runs; else speedrun94's faster one, and the others' own")
     parser.add_argument("--keep", type=Path, help="where the recipes' runs stay, for the same command to go on with")
     parser.add_argument("--peers", type=Path, help="files that run_airbench.py printed: airbench95.log, ...")
