@@ -206,7 +206,7 @@ def test_a_net_of_a_stranger_would_be_imported_if_it_were_trusted(
 
 REACHED = (
     "lit_cifar.data.download.os.mkdir",
-    "lit_cifar.bench.subprocess.Popen",
+    "lit_cifar.seeds.subprocess.Popen",
     "lit_cifar.run.logger.RunLogger",
     "lit_cifar.model.optim.MuonSGD",
     "lit_cifar.nets.speednet.torch.hub.load",
