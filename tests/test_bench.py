@@ -176,6 +176,12 @@ def test_runs_with_other_settings_are_refused_in_a_line_that_names_one(monkeypat
             ["--lr", "0.5", "--model.schedule", "linear"],
             "--model.lr was 0.001 and is now 0.5; --model.schedule",
         ),
+        (RECIPE, ["--max_epochs", "9"], "--trainer.max_epochs was 2 and is now 9;"),
+        (
+            RECIPE,
+            ["--model.net", "SpeedNet"],
+            "--model.net was lit_cifar.nets.Net and is now lit_cifar.nets.SpeedNet;",
+        ),
         (
             "speedrun94",
             [],
