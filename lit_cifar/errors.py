@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from types import CodeType, FunctionType
 from typing import NoReturn, TypeVar
 
-from lit_cifar.process import INTERRUPTED, ReaderGone, begin, interrupt, is_interrupted, leave, output_failed
+from lit_cifar.process import INTERRUPTED, ReaderGone, begin, imported, interrupt, is_interrupted, leave, output_failed
 from lit_cifar.text import as_said, escaped, in_command, nearest
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -98,6 +98,7 @@ def run(command: Callable[[list[str]], None], reader_gone: int = READER_GONE) ->
         reader_gone: exit code when whatever reads the output has gone, such as `head`.
     """
     begin()
+    imported()
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, interrupt)
     code: object = reader_gone

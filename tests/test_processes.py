@@ -57,6 +57,17 @@ def full() -> Iterator[int]:
     os.close(handle)
 
 
+# ---- start ----
+
+
+def test_a_command_collects_no_garbage_while_it_imports_and_does_from_then_on() -> None:
+    body = (
+        "import gc; from lit_cifar import errors, process; process.begin(); before = gc.isenabled()\n"
+        "errors.run(lambda args: print(before, gc.isenabled(), gc.get_freeze_count() > 0))"
+    )
+    assert call([sys.executable, "-c", body]).stdout.split() == ["False", "True", "True"]
+
+
 # ---- standard streams ----
 
 
