@@ -101,7 +101,7 @@ def main() -> None:
         measured, whole = (tested(path, config["data"]["data_dir"], Path(folder)) for path in (file, checkpoint))
         data = file.read_bytes()
     if abs(measured["accuracy"] - whole["accuracy"]) > MAX_DIFFERENCE:
-        sys.exit(f"as float32 its accuracy is {whole['accuracy']}, as float16 {measured['accuracy']}: nothing is written")
+        sys.exit(f"accuracy is {whole['accuracy']} as float32, {measured['accuracy']} as float16: nothing is written")
     data, card = packed(data, results, measured, config)
     if len(data) > MAX_BYTES:
         sys.exit(f"the file would have {len(data):,} bytes: nothing is written")
@@ -111,8 +111,8 @@ def main() -> None:
 
 
 def tested(weights: Path, data_dir: str | None, folder: Path) -> dict[str, Any]:
-    """The results of a test on the CPU in float32, whatever the run computed in: bfloat16 moves an accuracy by more than
-    float16 weights do."""
+    """The results of a test on the CPU in float32, whatever the run computed in: bfloat16 moves an accuracy more than
+    weights as float16 do."""
     output = folder / f"{weights.name}.json"
     flags = ["--ckpt_path", str(weights), "--data_dir", data_dir or "data", "--accelerator", "cpu"]
     lit_cifar.test.main([*flags, "--precision", "32-true", "--output", str(output)])
