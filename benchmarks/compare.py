@@ -356,7 +356,7 @@ def processes(args: argparse.Namespace) -> Section:
         "Two processes",
         [
             "OMP_NUM_THREADS=1 python -m lit_cifar.fit --config configs/resnet18.yaml --accelerator cpu --devices N "
-            "--trainer.max_steps 8 --running_loss.every_n_steps 1",
+            "--model.sides null --trainer.max_steps 8 --running_loss.every_n_steps 1",
             f"OMP_NUM_THREADS=1 python -m lit_cifar.bench {' '.join(map(str, flags))}",
         ],
         [
@@ -384,6 +384,7 @@ def _seconds_a_step(args: argparse.Namespace, devices: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "lit_cifar.fit", "--config", "configs/resnet18.yaml", "--accelerator", "cpu"]
         command += ["--devices", str(devices), "--trainer.max_steps", "8", "--running_loss.every_n_steps", "1"]
+        command += ["--model.sides", "null"]  # all steps alike
         command += ["--data_dir", str(args.data_dir), "--trainer.default_root_dir", folder]
         command += ["--trainer.limit_test_batches", "1", "--trainer.enable_checkpointing", "false"]
         print("$ python", *command[1:], flush=True)
