@@ -355,8 +355,7 @@ def processes(args: argparse.Namespace) -> Section:
     return Section(
         "Two processes",
         [
-            "OMP_NUM_THREADS=1 python -m lit_cifar.fit --config configs/resnet18.yaml --accelerator cpu --devices N "
-            "--model.sides null --trainer.max_steps 8 --running_loss.every_n_steps 1",
+            f"OMP_NUM_THREADS=1 python -m lit_cifar.fit {' '.join(_resnet18_steps('N'))}",
             f"OMP_NUM_THREADS=1 python -m lit_cifar.bench {' '.join(map(str, flags))}",
         ],
         [
@@ -380,11 +379,15 @@ def processes(args: argparse.Namespace) -> Section:
     )
 
 
+def _resnet18_steps(devices: object) -> list[str]:
+    """Flags of `lit_cifar.fit` for eight steps that are all alike, a line for each."""
+    flags = ["--config", "configs/resnet18.yaml", "--accelerator", "cpu", "--devices", str(devices)]
+    return [*flags, "--model.sides", "null", "--trainer.max_steps", "8", "--running_loss.every_n_steps", "1"]
+
+
 def _seconds_a_step(args: argparse.Namespace, devices: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "lit_cifar.fit", "--config", "configs/resnet18.yaml", "--accelerator", "cpu"]
-        command += ["--devices", str(devices), "--trainer.max_steps", "8", "--running_loss.every_n_steps", "1"]
-        command += ["--model.sides", "null"]  # all steps alike
+        command = [sys.executable, "-m", "lit_cifar.fit", *_resnet18_steps(devices)]
         command += ["--data_dir", str(args.data_dir), "--trainer.default_root_dir", folder]
         command += ["--trainer.limit_test_batches", "1", "--trainer.enable_checkpointing", "false"]
         print("$ python", *command[1:], flush=True)
