@@ -59,10 +59,10 @@ def escaped(line: str) -> str:
 
 
 def nearest(typed: str, known: Iterable[str]) -> str:
-    """': did you mean X?' for the known spelling nearest to what was typed; empty when none is near."""
+    """' (did you mean X?)' for the known spelling nearest to what was typed; empty when none is near."""
     spelt = {name.casefold(): name for name in known}
     close = difflib.get_close_matches(typed.casefold(), list(spelt), n=1)
-    return f": did you mean {spelt[close[0]]}?" if close else ""
+    return f" (did you mean {spelt[close[0]]}?)" if close else ""
 
 
 @contextmanager

@@ -164,7 +164,7 @@ def test_what_cannot_be_the_module_is_told(name: str, end: str) -> None:
 
 def test_a_mistyped_argument_of_a_class_is_told_with_the_nearest_one() -> None:
     assert error_of(settings_of, [*MINE, "--model.facto", "3"]).startswith(
-        "unknown flag --model.facto: did you mean --model.factor?"
+        "unknown flag --model.facto (did you mean --model.factor?)"
     )
     assert error_of(settings_of, [*MINE, "--model.factor", "x"]) == "--model.factor: expected float, got x"
 

@@ -145,17 +145,17 @@ NAMES = "the recipes are resnet18, speedrun94, speedrun95, speedrun96, tutorial"
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("tutorail", f"--config tutorail is no file and no recipe: did you mean tutorial?; {NAMES}"),
+        ("tutorail", f"--config tutorail is no file and no recipe (did you mean tutorial?); {NAMES}"),
         ("fastest", f"--config fastest is no file and no recipe; {NAMES}"),
         ("missing.yaml", f"--config missing.yaml is no file and no recipe; {NAMES}"),
         ("folder", f"--config folder is a folder and no recipe; {NAMES}"),
-        ("tutorial.yaml", f"--config tutorial.yaml is no file and no recipe: did you mean tutorial?; {NAMES}"),
+        ("tutorial.yaml", f"--config tutorial.yaml is no file and no recipe (did you mean tutorial?); {NAMES}"),
         (
             "configs/tutorial.yaml",
-            f"--config configs/tutorial.yaml is no file and no recipe: did you mean tutorial?; {NAMES}",
+            f"--config configs/tutorial.yaml is no file and no recipe (did you mean tutorial?); {NAMES}",
         ),
-        ("TUTORIAL", f"--config TUTORIAL is no file and no recipe: did you mean tutorial?; {NAMES}"),
-        ("../tutorial", f"--config ../tutorial is no file and no recipe: did you mean tutorial?; {NAMES}"),
+        ("TUTORIAL", f"--config TUTORIAL is no file and no recipe (did you mean tutorial?); {NAMES}"),
+        ("../tutorial", f"--config ../tutorial is no file and no recipe (did you mean tutorial?); {NAMES}"),
         ("a\0b", f"--config 'a\\x00b' is no file and no recipe; {NAMES}"),
         ("", f"--config '' is a folder and no recipe; {NAMES}"),
         (
@@ -256,7 +256,7 @@ def test_help_of_a_group_and_of_all_explains_each_setting(capsys: pytest.Capture
     for args in (["--help", "modle"], ["--help", "modle", "--lr", "1"]):
         message = error_of(lit_cifar.fit.main, args)
         assert message.startswith("--help: expected trainer, model, data")
-        assert message.endswith("or all, got modle: did you mean model?")
+        assert message.endswith("or all, got modle (did you mean model?)")
 
 
 def test_help_of_a_class_is_about_that_class(capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,7 +284,7 @@ def test_a_command_that_there_is_not_ends_in_one_line(run_command: Run) -> None:
     known = "the commands are fit, test, predict, export, bench, runs, sweep"
     for args, words in (
         (["train"], "train is no command"),
-        (["tests", "--devices", "2"], "tests is no command: did you mean test?"),
+        (["tests", "--devices", "2"], "tests is no command (did you mean test?)"),
         (["--devices", "2"], "--devices is no command"),
         (["\x1b[31m"], "\\x1b[31m is no command"),
     ):
@@ -350,20 +350,20 @@ def test_help_takes_hardly_longer_than_importing_lightning(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--devcies", "2"], ["unknown flag --devcies", "did you mean --devices?"]),
-        (["--trainer.max_epoch", "2"], ["unknown flag --trainer.max_epoch", "did you mean --trainer.max_epochs?"]),
+        (["--devcies", "2"], ["unknown flag --devcies", "(did you mean --devices?)"]),
+        (["--trainer.max_epoch", "2"], ["unknown flag --trainer.max_epoch", "(did you mean --trainer.max_epochs?)"]),
         (["--lr", "fast"], ["--lr: expected float, got fast"]),
         (["--model.lr", "fast"], ["--model.lr: expected float, got fast"]),
         (["--batch_size=2.5"], ["--batch_size: expected int, got 2.5"]),
-        (["--dataset", "shape"], ["--dataset: expected cifar10, cifar100, shapes, got shape", "did you mean shapes?"]),
+        (["--dataset", "shape"], ["--dataset: expected cifar10, cifar100, shapes, got shape (did you mean shapes?)"]),
         (["--trainer.max_epochs", "many"], ["--trainer.max_epochs: expected int, null, got many"]),
         (["--devices", "many", "--accelerator", "cpu", "--dataset", "shapes"], ["devices"]),
         (["--model.net", "lit_cifar.nets.Nett"], ["--model.net", "no attribute 'Nett'"]),
         (["--config", "missing.yaml"], ["--config", "missing.yaml"]),
         (["--config", "broken.yaml"], ["--config broken.yaml is no valid YAML"]),
         (["--config", "empty.yaml"], ["--config empty.yaml holds no settings"]),
-        (["--config", "unknown.yaml"], ["unknown key 'model.lrr'", "did you mean model.lr?"]),
-        (["--config", "unknown_group.yaml"], ["unknown key 'modle.lr'", "did you mean model.lr?"]),
+        (["--config", "unknown.yaml"], ["unknown key 'model.lrr'", "(did you mean model.lr?)"]),
+        (["--config", "unknown_group.yaml"], ["unknown key 'modle.lr'", "(did you mean model.lr?)"]),
         (["--config", "wrong_type.yaml"], ["--model.lr: expected float, got fast"]),
         (["--resume", "auto"], ["--resume auto", "has a checkpoint"]),
         (["--resume", "missing.ckpt"], ["--resume missing.ckpt", "no such checkpoint"]),
@@ -395,7 +395,7 @@ def test_what_is_typed_wrong_ends_in_one_line_that_helps(args: list[str], words:
 def test_errors_of_the_user_exit_with_2_and_one_line_on_stderr(run_command: Run) -> None:
     done = run_command("lit_cifar.fit", "--devcies", "2")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "lit_cifar: error: unknown flag --devcies: did you mean --devices?; --help lists the flags\n"
+    assert done.stderr == "lit_cifar: error: unknown flag --devcies (did you mean --devices?); --help lists the flags\n"
 
 
 def test_errors_of_the_program_keep_their_traceback(run_command: Run) -> None:

@@ -165,7 +165,7 @@ def test_what_was_handed_on_to_one_net_is_not_handed_on_to_another() -> None:
 
 def test_a_mistyped_setting_of_a_net_is_told_with_the_nearest_one() -> None:
     line = error_of(lit_cifar.fit.main, ["--model.net", "test_named_nets.untyped", "--model.net.widht", "3"])
-    assert line == "--model.net: unknown key 'widht': did you mean width?"
+    assert line == "--model.net: unknown key 'widht' (did you mean width?)"
     line = error_of(lit_cifar.fit.main, ["--model.net", "test_named_nets.Labelled"])
     assert line == "--model.net: it needs more settings: add --model.net.num_labels VALUE"
 
