@@ -63,6 +63,18 @@ class Section:
         return [*lines, "", *(f"{note}\n" for note in self.notes)]
 
 
+def compared(
+    quantity: str, ours: str, reference: str, ratio: float, at_most: float = 0, at_least: float = 0, decimals: int = 3
+) -> Row:
+    """The row of a ratio, and of its bar where it has one."""
+    row = Row(quantity, ours, reference, f"{ratio:.{decimals}f}")
+    if at_most:
+        row.bar, row.met = f"at most {at_most:.3g}", ratio <= at_most
+    elif at_least:
+        row.bar, row.met = f"at least {at_least:.3g}", ratio >= at_least
+    return row
+
+
 def run(*args: object, **env: str) -> str:
     """Standard output of a Python command, which must succeed."""
     command = [sys.executable, *map(str, args)]
@@ -116,25 +128,16 @@ def tutorial(args: argparse.Namespace) -> Section:
             f"python benchmarks/plain_lightning.py {args.data_dir} --max_steps {args.lightning_steps}",
         ],
         [
-            Row(
+            compared(
                 f"imports to report, s (medians, n = {args.pairs})",
                 f"{statistics.median(result['seconds']['total'] for result in ours):.1f}",
                 f"{statistics.median(result['seconds']['total'] for result in plain):.1f} (plain script)",
-                f"{ratio:.3f}",
-                "at most 0.333",
-                ratio <= 1 / 3,
+                ratio,
+                at_most=1 / 3,
             ),
-            Row(
-                "training step, ms",
-                f"{our_step:.2f}",
-                f"{plain_step:.2f} (plain script)",
-                f"{our_step / plain_step:.3f}",
-            ),
-            Row(
-                "training step, ms",
-                f"{our_step:.2f}",
-                f"{lightning_step:.2f} (plain Lightning)",
-                f"{our_step / lightning_step:.3f}",
+            *(
+                compared("training step, ms", f"{our_step:.2f}", f"{other:.2f} ({name})", our_step / other)
+                for name, other in {"plain script": plain_step, "plain Lightning": lightning_step}.items()
             ),
             Row(
                 "accuracy on 10,000 images",
@@ -161,21 +164,19 @@ def step(args: argparse.Namespace) -> Section:
             f"python benchmarks/loop_by_hand.py {args.data_dir} --runs 5",
         ],
         [
-            Row(
+            compared(
                 f"tutorial step, ms (medians, n = {result['ratio']['n']})",
                 f"{result['as configured']['median']:.3f}",
                 f"{result['barebones']['median']:.3f} (barebones)",
-                f"{ratio:.3f}",
-                "at most 1.05",
-                ratio <= 1.05,
+                ratio,
+                at_most=1.05,
             ),
-            Row(
+            compared(
                 f"the same, us of CPU time (medians, n = {len(by_hand['ratio']['values'])})",
                 f"{by_hand['ours, us']['median']:.0f}",
                 f"{by_hand['by hand, us']['median']:.0f} (loop by hand on images in memory)",
-                f"{of_hand:.3f}",
-                "at most 1.03",
-                of_hand <= 1.03,
+                of_hand,
+                at_most=1.03,
             ),
         ],
         [
@@ -201,13 +202,13 @@ def loader(args: argparse.Namespace) -> Section:
             f"python benchmarks/torchvision_loader.py {args.data_dir}",
         ],
         [
-            Row(
+            compared(
                 "images/s (medians, n = 3)",
                 f"{statistics.median(ours):,.0f} (one thread)",
                 f"{statistics.median(theirs):,.0f} (torchvision, 2 workers)",
-                f"{ratio:.1f}",
-                "at least 20",
-                ratio >= 20,
+                ratio,
+                at_least=20,
+                decimals=1,
             )
         ],
     )
@@ -232,7 +233,7 @@ def speedrun94(args: argparse.Namespace) -> Section:
         peer = f"airbench94_muon.py {args.data_dir} --steps {PEER_STEPS} --dtype bfloat16"
         commands.append(f"python benchmarks/run_airbench.py {peer}")
         time_peer()
-    result = run_json("-m", "lit_cifar.bench", *flags)
+    result = bench(args, "speedrun94", flags)
     if args.airbench94:
         time_peer()
     seconds, accuracy, plain = (result[name] for name in ("fit, s", "accuracy, %", "accuracy without TTA, %"))
@@ -242,10 +243,8 @@ def speedrun94(args: argparse.Namespace) -> Section:
             peer_seconds = 200 * statistics.fmean(times)
             ratio = seconds["mean"] / peer_seconds
             reference = f"{peer_seconds:.0f} (airbench94_muon in {dtype}: 200 steps of {peer_seconds / 200:.2f} s)"
-            row = Row(f"fit, s (mean, n = {seconds['n']})", f"{seconds['mean']:.0f}", reference, f"{ratio:.3f}")
-            if dtype == "bfloat16":
-                row.bar, row.met = "at most 0.45", ratio <= 0.45
-            rows.append(row)
+            quantity, at_most = f"fit, s (mean, n = {seconds['n']})", 0.45 if dtype == "bfloat16" else 0
+            rows.append(compared(quantity, f"{seconds['mean']:.0f}", reference, ratio, at_most))
     rows.append(
         Row(
             "a step of ours, s (mean over its sides)",
@@ -269,8 +268,12 @@ def speedrun94(args: argparse.Namespace) -> Section:
 def bench_flags(args: argparse.Namespace, recipe: str, num_runs: int) -> list[object]:
     """Of `lit_cifar.bench` for a recipe's training runs, as many as were asked for, or else `num_runs`."""
     flags = [f"configs/{recipe}.yaml", "--runs", args.runs or num_runs, "--data_dir", args.data_dir]
-    flags += ["--precision", args.precision] if args.precision else []
-    return flags + (["--keep", args.keep / recipe] if args.keep else [])
+    return flags + (["--precision", args.precision] if args.precision else [])
+
+
+def bench(args: argparse.Namespace, recipe: str, flags: list[object]) -> dict[str, Any]:
+    """What bench measures of a recipe, whose runs are kept or found where --keep says."""
+    return run_json("-m", "lit_cifar.bench", *flags, *(["--keep", args.keep / recipe] if args.keep else []))
 
 
 def trained(recipe: str, num_runs: int, peer: str = "") -> Callable[[argparse.Namespace], Section]:
@@ -284,12 +287,13 @@ def trained(recipe: str, num_runs: int, peer: str = "") -> Callable[[argparse.Na
 
     def section(args: argparse.Namespace) -> Section:
         flags = bench_flags(args, recipe, num_runs)
-        result = run_json("-m", "lit_cifar.bench", *flags)
+        result = bench(args, recipe, flags)
         commands = [f"python -m lit_cifar.bench {' '.join(map(str, flags))}"]
         files = sorted(args.peers.glob(f"{peer}*.log")) if args.peers and peer else []
         peers = {file.stem: ended_runs(file.read_text(encoding="utf-8")) for file in files}
         commands += [f"python benchmarks/run_airbench.py {peer}.py {args.data_dir} > {file.name}" for file in files]
-        return Section(f"{recipe} on the CPU", commands, beside_peers(result, peers))
+        accuracies = f"Accuracies: {result['accuracy, %']['values']}."
+        return Section(f"{recipe} on the CPU", commands, beside_peers(result, peers), [accuracies])
 
     return section
 
@@ -359,21 +363,20 @@ def processes(args: argparse.Namespace) -> Section:
             f"OMP_NUM_THREADS=1 python -m lit_cifar.bench {' '.join(map(str, flags))}",
         ],
         [
-            Row(
+            compared(
                 f"ResNet-18, batch 512, s a step (medians, n = {args.pairs})",
                 f"{two:.2f} (2 processes)",
                 f"{one:.2f} (1 process)",
-                f"{speedup:.2f} times",
-                "at least 1.85",
-                speedup >= 1.85,
+                speedup,
+                at_least=1.85,
+                decimals=2,
             ),
-            Row(
+            compared(
                 f"the tutorial's net, batch 64, ms a step (medians, n = {small['ratio']['n']})",
                 f"{small['as configured']['median']:.2f}",
                 f"{small['barebones']['median']:.2f} (Lightning's own loop)",
-                f"{ratio:.3f}",
-                "at most 0.7",
-                ratio <= 0.7,
+                ratio,
+                at_most=0.7,
             ),
         ],
     )
@@ -436,21 +439,21 @@ def start(args: argparse.Namespace) -> Section:
         "Start, and the memory of a first use",
         [f"python -m lit_cifar.fit --data_dir {args.data_dir} --trainer.max_steps 1"],
         [
-            Row(
+            compared(
                 "to the first step, s (medians, n = 5)",
                 f"{statistics.median(ours):.2f}",
                 f"{statistics.median(floors):.2f} (import lightning.pytorch, read the data)",
-                f"{ratio:.2f}",
-                "at most 1.5",
-                ratio <= 1.5,
+                ratio,
+                at_most=1.5,
+                decimals=2,
             ),
-            Row(
+            compared(
                 "to the first step, s (medians, n = 5)",
                 f"{statistics.median(ours):.2f}",
                 f"{statistics.median(imports):.2f} (import lightning.pytorch alone)",
-                f"{of_import:.2f}",
-                "at most 1.1",
-                of_import <= 1.1,
+                of_import,
+                at_most=1.1,
+                decimals=2,
             ),
             Row(
                 "peak resident memory of decoding 60,000 images, with all that fit imports, GB",
@@ -472,21 +475,19 @@ def scale(args: argparse.Namespace) -> Section:
         "1,000 classes, 1.28 million images (synthetic)",
         [f"python {script}", f"python {script} --rounds 5"],
         [
-            Row(
+            compared(
                 "peak resident memory of a whole run, GB",
                 f"{peak:.2f}",
                 f"{images:.2f} (bytes of the images)",
-                f"{peak / images:.3f}",
-                "at most 1.3",
-                peak <= 1.3 * images,
+                peak / images,
+                at_most=1.3,
             ),
-            Row(
+            compared(
                 "whole epochs, ms a step of 500 images of the tutorial's net (medians, n = 5)",
                 f"{many:.3f}",
                 f"{few:.3f} (50,000 images)",
-                f"{many / few:.3f}",
-                "at most 1.05",
-                many <= 1.05 * few,
+                many / few,
+                at_most=1.05,
             ),
         ],
     )

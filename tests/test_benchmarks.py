@@ -343,6 +343,16 @@ def test_a_script_that_the_edits_do_not_fit_is_refused(script: str) -> None:
         run_airbench.edited(script, "bfloat16", 1, None)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "most", "least"), [(0.45, True, False), (0.4501, False, True), (0.4499, True, False)]
+)
+def test_a_bar_is_met_by_the_ratio_and_not_by_what_is_printed_of_it(ratio: float, most: bool, least: bool) -> None:
+    row = compare.compared("fit, s", "9", "20", ratio, at_most=0.45)
+    assert (row.bar, row.ratio, row.met) == ("at most 0.45", "0.450", most)
+    assert compare.compared("images/s", "9", "20", ratio, at_least=0.45001).met == least
+    assert compare.compared("step, ms", "9", "20", ratio).met is None
+
+
 def test_a_recipe_stands_beside_what_its_peer_printed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "airbench95-mixed.log").write_text(AIRBENCH[AIRBENCH.index("|  0  ") :])
     ours = {"accuracy, %": [94.0, 94.2], "accuracy without TTA, %": [93.0, 93.0], "fit, s": [1.0], "test, s": [0.3]}
@@ -358,6 +368,8 @@ def test_a_recipe_stands_beside_what_its_peer_printed_before(tmp_path: Path, mon
     flags = ["--runs", "2", "--data_dir", "data", "--precision", "bf16-mixed", "--keep", str(Path("kept/speedrun95"))]
     assert asked[0][2:] == ["configs/speedrun95.yaml", *flags]
     text = "\n".join(section.lines())
+    assert "Accuracies: [94.0, 94.2]." in text
+    assert "kept" not in text
     peer = "(airbench95-mixed)"
     for row in (
         f"| accuracy, % | 94.10 (std 0.14, n = 2) | 94.01 (n = 1) {peer} | +0.09 points | no less | yes |",
