@@ -327,7 +327,7 @@ def test_a_gpu_is_waited_for_and_named(
     [
         (["--runs", "3"], "the recipe comes first: python -m lit_cifar.bench CONFIG "),
         (["nowhere.yaml"], "CONFIG nowhere.yaml is no file and no recipe; the recipes are resnet18, "),
-        (["speedrum94"], "CONFIG speedrum94 is no file and no recipe (did you mean speedrun94?)"),
+        (["speedrum94"], r"CONFIG speedrum94 is no file and no recipe \(did you mean speedrun94\?\)"),
         ([os.devnull], f"CONFIG {os.devnull} is a pipe or device, and is read more than once: name a file"),
         ([RECIPE, "--runs", "0"], "--runs: expected a number from 1, got 0"),
         ([RECIPE, "--stage", "walk"], "--stage: expected one of fit, step, loader"),

@@ -348,7 +348,7 @@ def test_one_class_is_certain(checkpoint: Path, drawn: torch.Tensor, capsys: pyt
         (["empty"], "no images in empty; "),
         (["a.png", "--top", "0"], "--top 0 must be at least 1"),
         (["a.png", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
-        (["a.png", "--topp", "1"], "unknown flag --topp (did you mean --top?)"),
+        (["a.png", "--topp", "1"], r"unknown flag --topp \(did you mean --top\?\)"),
         (["a.png", "--trust", "maybe"], "--trust: expected true or false, got maybe"),
         (["a.png", "--json", "--csv"], "not allowed with"),
         (["a.png", "--tta", "all"], "invalid choice: 'all'"),
