@@ -64,13 +64,19 @@ class Section:
 
 
 def compared(
-    quantity: str, ours: str, reference: str, ratio: float, at_most: float = 0, at_least: float = 0, decimals: int = 3
+    quantity: str,
+    ours: str,
+    reference: str,
+    ratio: float,
+    at_most: float | None = None,
+    at_least: float | None = None,
+    decimals: int = 3,
 ) -> Row:
     """The row of a ratio, and of its bar where it has one."""
     row = Row(quantity, ours, reference, f"{ratio:.{decimals}f}")
-    if at_most:
+    if at_most is not None:
         row.bar, row.met = f"at most {at_most:.3g}", ratio <= at_most
-    elif at_least:
+    elif at_least is not None:
         row.bar, row.met = f"at least {at_least:.3g}", ratio >= at_least
     return row
 
@@ -243,7 +249,7 @@ def speedrun94(args: argparse.Namespace) -> Section:
             peer_seconds = 200 * statistics.fmean(times)
             ratio = seconds["mean"] / peer_seconds
             reference = f"{peer_seconds:.0f} (airbench94_muon in {dtype}: 200 steps of {peer_seconds / 200:.2f} s)"
-            quantity, at_most = f"fit, s (mean, n = {seconds['n']})", 0.45 if dtype == "bfloat16" else 0
+            quantity, at_most = f"fit, s (mean, n = {seconds['n']})", 0.45 if dtype == "bfloat16" else None
             rows.append(compared(quantity, f"{seconds['mean']:.0f}", reference, ratio, at_most))
     rows.append(
         Row(
