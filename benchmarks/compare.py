@@ -31,6 +31,7 @@ from lit_cifar.results.report import commit, versions
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PEER_STEPS = 10  # steps in each timing of a peer's run; the first warms up
+DTYPE = re.compile(r'"dtype": "(\w+)"')  # in the line that run_airbench.py ends with
 
 
 @dataclass
@@ -268,7 +269,7 @@ def speedrun94(args: argparse.Namespace) -> Section:
         )
     )
     rows.append(Row("accuracy without TTA, %", f"{plain['mean']:.2f}", "89.5 on the JPEG data"))
-    return Section("speedrun94 on the CPU", commands, rows, [f"Accuracies: {accuracy['values']}."])
+    return Section("speedrun94 on the CPU", commands, rows, [each_run(result)])
 
 
 def bench_flags(args: argparse.Namespace, recipe: str, num_runs: int) -> list[object]:
@@ -297,11 +298,18 @@ def trained(recipe: str, num_runs: int, peer: str = "") -> Callable[[argparse.Na
         commands = [f"python -m lit_cifar.bench {' '.join(map(str, flags))}"]
         files = sorted(args.peers.glob(f"{peer}*.log")) if args.peers and peer else []
         peers = {file.stem: ended_runs(file.read_text(encoding="utf-8")) for file in files}
-        commands += [f"python benchmarks/run_airbench.py {peer}.py {args.data_dir} > {file.name}" for file in files]
-        accuracies = f"Accuracies: {result['accuracy, %']['values']}."
-        return Section(f"{recipe} on the CPU", commands, beside_peers(result, peers), [accuracies])
+        for file in files:
+            dtype = "".join(f" --dtype {name}" for name in DTYPE.findall(file.read_text(encoding="utf-8")))
+            commands.append(f"python benchmarks/run_airbench.py {peer}.py {args.data_dir}{dtype} > {file.name}")
+        return Section(f"{recipe} on the CPU", commands, beside_peers(result, peers), [each_run(result)])
 
     return section
+
+
+def each_run(result: dict[str, Any]) -> str:
+    """The accuracies of bench's runs, and the commit that trained them: runs that were kept may be older."""
+    accuracies = [round(value, 2) for value in result["accuracy, %"]["values"]]
+    return f"Accuracies: {accuracies}, trained at commit {result['commit']}."
 
 
 def beside_peers(result: dict[str, Any], peers: dict[str, dict[str, list[float]]]) -> list[Row]:
@@ -327,7 +335,7 @@ def beside_peers(result: dict[str, Any], peers: dict[str, dict[str, list[float]]
             row = Row(name, spread(values))
             theirs = [factor * value for value in runs.get(key, [])]
             if values and theirs:
-                row.reference = f"{spread(theirs)} ({peer})"
+                row.reference = spread(theirs, f", {peer}")
                 mean, other = statistics.fmean(values), statistics.fmean(theirs)
                 row.ratio = f"{mean / other:.3f}" if factor == 1 else f"{mean - other:+.2f} points"
                 if key != "accuracies_without_tta":
@@ -336,10 +344,10 @@ def beside_peers(result: dict[str, Any], peers: dict[str, dict[str, list[float]]
     return rows
 
 
-def spread(values: list[float]) -> str:
-    """Mean, standard deviation and n."""
+def spread(values: list[float], of: str = "") -> str:
+    """Mean, standard deviation and n, and what they are `of`."""
     deviation = f"std {statistics.stdev(values):.2f}, " if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f} ({deviation}n = {len(values)})" if values else "-"
+    return f"{statistics.fmean(values):.2f} ({deviation}n = {len(values)}{of})" if values else "-"
 
 
 def _speedrun_step(args: argparse.Namespace, precision: str) -> float:

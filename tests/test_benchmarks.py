@@ -354,13 +354,20 @@ def test_a_bar_is_met_by_the_ratio_and_not_by_what_is_printed_of_it(ratio: float
 
 
 def test_a_recipe_stands_beside_what_its_peer_printed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "airbench95-mixed.log").write_text(AIRBENCH[AIRBENCH.index("|  0  ") :])
-    ours = {"accuracy, %": [94.0, 94.2], "accuracy without TTA, %": [93.0, 93.0], "fit, s": [1.0], "test, s": [0.3]}
+    (tmp_path / "airbench95-mixed.log").write_text(
+        AIRBENCH[AIRBENCH.index("|  0  ") :] + '{"dtype": "mixed", "loops": {}}\n'
+    )
+    ours = {
+        "accuracy, %": [94.0, 94.20000000000002],
+        "accuracy without TTA, %": [93.0, 93.0],
+        "fit, s": [1.0],
+        "test, s": [0.3],
+    }
     asked = []
 
-    def run_json(*command: object) -> dict[str, dict[str, list[float]]]:
+    def run_json(*command: object) -> dict[str, object]:
         asked.append(list(map(str, command)))
-        return {name: {"values": values} for name, values in ours.items()}
+        return {"commit": "d12f906", **{name: {"values": values} for name, values in ours.items()}}
 
     monkeypatch.setattr(compare, "run_json", run_json)
     args = argparse.Namespace(runs=2, data_dir="data", precision="bf16-mixed", keep=Path("kept"), peers=tmp_path)
@@ -368,13 +375,14 @@ def test_a_recipe_stands_beside_what_its_peer_printed_before(tmp_path: Path, mon
     flags = ["--runs", "2", "--data_dir", "data", "--precision", "bf16-mixed", "--keep", str(Path("kept/speedrun95"))]
     assert asked[0][2:] == ["configs/speedrun95.yaml", *flags]
     text = "\n".join(section.lines())
-    assert "Accuracies: [94.0, 94.2]." in text
+    assert "Accuracies: [94.0, 94.2], trained at commit d12f906." in text
+    assert "    python benchmarks/run_airbench.py airbench95.py data --dtype mixed > airbench95-mixed.log\n" in text
     assert "kept" not in text
-    peer = "(airbench95-mixed)"
+    peer = "(n = 1, airbench95-mixed)"
     for row in (
-        f"| accuracy, % | 94.10 (std 0.14, n = 2) | 94.01 (n = 1) {peer} | +0.09 points | no less | yes |",
-        f"| accuracy without TTA, % | 93.00 (std 0.00, n = 2) | 93.14 (n = 1) {peer} | -0.14 points | - | - |",
-        f"| fit and test, s | 1.30 (n = 1) | 2.60 (n = 1) {peer} | 0.500 | less | yes |",
+        f"| accuracy, % | 94.10 (std 0.14, n = 2) | 94.01 {peer} | +0.09 points | no less | yes |",
+        f"| accuracy without TTA, % | 93.00 (std 0.00, n = 2) | 93.14 {peer} | -0.14 points | - | - |",
+        f"| fit and test, s | 1.30 (n = 1) | 2.60 {peer} | 0.500 | less | yes |",
     ):
         assert row in text
     assert "| accuracy, % | 94.10 (std 0.14, n = 2) | - | - | - | - |" in "\n".join(
