@@ -204,6 +204,8 @@ def _bench_fit(config: str, own: argparse.Namespace, flags: list[str], again: st
     whole = [run for run in runs if len(run["seconds"].get("pieces", ())) < 2]
     if len(whole) < len(runs):
         title += f"\nseconds and memory are those of the {len(whole)} of {len(runs)} runs that were never resumed"
+    if left_out := max(run.get("num_test_left_out", 0) for run in runs):
+        title += f"\naccuracies leave out {left_out:,} test images (--trainer.limit_test_batches)"
     rows: dict[str, tuple[list[float], int]] = {}
     for name, (read, decimals) in QUANTITIES.items():
         for run in runs if name.startswith("accuracy") else whole:

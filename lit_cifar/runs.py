@@ -31,6 +31,7 @@ class Row:
     recipe: str | None = None
     dataset: str | None = None
     accuracy: float | None = None  # 0 to 1
+    num_test_left_out: int = 0  # images of the test set that the accuracy is not of
     seconds: float | None = None  # of the whole process
     devices: int | None = None
     when: str | None = None  # the run's end, ISO 8601 in UTC
@@ -46,7 +47,7 @@ class Row:
             "-" if self.seconds is None else f"{self.seconds:,.1f}",
             _cell(self.devices),
             "-" if self.when is None else f"{_utc(self.when):%Y-%m-%d %H:%M}",
-            self.state,
+            f"{self.state}, {left:,} test images left out" if (left := self.num_test_left_out) else self.state,
         )
 
 
@@ -105,6 +106,7 @@ def read_run(folder: Path) -> Row:
             recipe=_text(results.get("recipe")),
             dataset=_text(results["dataset"]),
             accuracy=None if results["accuracy"] is None else _number(results["accuracy"]),
+            num_test_left_out=int(_number(results.get("num_test_left_out", 0))),
             seconds=_number(results["seconds"]["total"]),
             devices=int(_number(results["devices"])),
             when=None if (when := _text(results.get("when"))) is None else _utc(when).isoformat(),
@@ -132,10 +134,17 @@ def _state_without_results(run: Run) -> str:
 
 
 def sorted_rows(rows: list[Row], key: str) -> list[Row]:
-    """Rows in the order of one of SORT_KEYS; those without that value come last, equal ones by version."""
+    """Rows in the order of one of SORT_KEYS; those without that value come last, equal ones by version.
+
+    Accuracies of a part of the test images cannot be compared, and come behind those of all.
+    """
     known = [row for row in rows if getattr(row, key) is not None]
     unknown = [row for row in rows if getattr(row, key) is None]
-    return sorted(known, key=lambda row: getattr(row, key), reverse=key in BEST_FIRST) + unknown
+
+    def order(row: Row) -> tuple[bool, Any]:
+        return key != "accuracy" or not row.num_test_left_out, getattr(row, key)
+
+    return sorted(known, key=order, reverse=key in BEST_FIRST) + unknown
 
 
 def _text(value: Any) -> str | None:

@@ -59,6 +59,7 @@ def test_a_run_is_listed_with_what_its_results_tell(capsys: pytest.CaptureFixtur
             "recipe": "tutorial+mine",
             "dataset": "shapes",
             "accuracy": results["accuracy"],
+            "num_test_left_out": 0,
             "seconds": results["seconds"]["total"],
             "devices": 1,
             "when": results["when"],
@@ -124,6 +125,21 @@ def test_runs_are_sorted_and_those_without_the_value_come_last(
     assert [run["version"] for run in as_json(capsys, "--sort", key)] == order
     for other in SORT_KEYS:
         assert len(as_json(capsys, f"--sort={other}")) == 4
+
+
+def test_an_accuracy_of_some_test_images_says_so_and_is_never_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    lit_cifar.fit.main([*SHORT, "--trainer.max_steps", "1", "--trainer.limit_test_batches", "0.5"])
+    results = Path("lightning_logs/version_0/results.json")
+    assert json.loads(results.read_text())["num_test_left_out"] == 1000
+    results.write_text(json.dumps({**json.loads(results.read_text()), "accuracy": 1.0}))
+    make_run(1, accuracy=0.2)
+    make_run(2, accuracy=0.3)
+    make_run(3, accuracy=None)
+    capsys.readouterr()
+    first, second, third, last = listed(capsys, "--sort", "accuracy")[1:]
+    assert [line.split()[0] for line in (first, second, third, last)] == ["2", "1", "0", "3"]
+    assert third.endswith("done, 1,000 test images left out")
+    assert [run["version"] for run in as_json(capsys, "--sort", "version")] == [0, 1, 2, 3]
 
 
 def test_runs_without_results_tell_whether_they_can_go_on(capsys: pytest.CaptureFixture[str]) -> None:

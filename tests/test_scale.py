@@ -204,7 +204,7 @@ def test_a_run_that_tests_no_image_ends_with_results_that_say_so(
 ) -> None:
     lit_cifar.fit.main([*SHORT, "--trainer.limit_train_batches", "0.05", "--trainer.limit_test_batches", limit])
     report = results("version_0")
-    assert report["num_test"] == 0
+    assert (report["num_test"], report["num_test_left_out"]) == (0, 2000)
     for key in ("accuracy", "per_class_accuracy", "loss", "calibration_error"):
         assert report[key] is None, key
     assert torch.tensor(report["confusion_matrix"]).tolist() == [[0] * 10] * 10
@@ -231,6 +231,12 @@ def test_bench_refuses_to_measure_an_accuracy_that_nothing_measures() -> None:
         lit_cifar.bench.main(
             [str(ROOT / "configs" / "tutorial.yaml"), "--runs", "1", *SHORT, "--trainer.limit_test_batches", "0"]
         )
+
+
+def test_bench_says_that_its_accuracies_are_of_some_test_images(capsys: pytest.CaptureFixture[str]) -> None:
+    few = [*SHORT, "--trainer.max_steps", "1", "--trainer.limit_test_batches", "0.25"]
+    lit_cifar.bench.main([str(ROOT / "configs" / "tutorial.yaml"), "--runs", "1", *few])
+    assert "accuracies leave out 1,500 test images (--trainer.limit_test_batches)" in capsys.readouterr().out
 
 
 def test_no_validation_of_images_kept_for_it_is_said_before_training(capsys: pytest.CaptureFixture[str]) -> None:

@@ -337,10 +337,11 @@ class CLI(LightningCLI):
             num_steps: optimiser steps that it was trained for.
             seconds: that it took, by what was done.
         """
-        plain = self.model.reports.get("plain")
+        report, plain = self.model.reports["test"], self.model.reports.get("plain")
         return {
             "dataset": self.datamodule.dataset,
-            **self.model.reports["test"].results(),
+            **report.results(),
+            "num_test_left_out": len(self.datamodule.test.labels) - report.num_images,
             **({"accuracy_without_tta": plain.accuracy} if plain else {}),
             "checkpoint": tested,
             "num_steps": num_steps,
