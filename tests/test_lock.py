@@ -204,7 +204,7 @@ def test_a_run_in_use_is_not_resumed_but_tested_and_listed(capsys: pytest.Captur
     lit_cifar.test.main(["--ckpt_path", str(RUN / "checkpoints/last.ckpt"), "--trainer.limit_test_batches", "2"])
     capsys.readouterr()
     runs.main([])
-    assert capsys.readouterr().out.rstrip().endswith("running again")
+    assert capsys.readouterr().out.rstrip().endswith("running again, 1,000 test images left out")
     first.results.unlink()
     runs.main([])
     assert capsys.readouterr().out.rstrip().endswith("running: has a checkpoint")
