@@ -296,10 +296,11 @@ def trained(recipe: str, num_runs: int, peer: str = "") -> Callable[[argparse.Na
         flags = bench_flags(args, recipe, num_runs)
         result = bench(args, recipe, flags)
         commands = [f"python -m lit_cifar.bench {' '.join(map(str, flags))}"]
-        files = sorted(args.peers.glob(f"{peer}*.log")) if args.peers and peer else []
-        peers = {file.stem: ended_runs(file.read_text(encoding="utf-8")) for file in files}
-        for file in files:
-            dtype = "".join(f" --dtype {name}" for name in DTYPE.findall(file.read_text(encoding="utf-8")))
+        peers = {}
+        for file in sorted(args.peers.glob(f"{peer}*.log")) if args.peers and peer else []:
+            printed = file.read_text(encoding="utf-8")
+            peers[file.stem] = ended_runs(printed)
+            dtype = "".join(f" --dtype {name}" for name in DTYPE.findall(printed))
             commands.append(f"python benchmarks/run_airbench.py {peer}.py {args.data_dir}{dtype} > {file.name}")
         return Section(f"{recipe} on the CPU", commands, beside_peers(result, peers), [each_run(result)])
 
@@ -335,7 +336,7 @@ def beside_peers(result: dict[str, Any], peers: dict[str, dict[str, list[float]]
             row = Row(name, spread(values))
             theirs = [factor * value for value in runs.get(key, [])]
             if values and theirs:
-                row.reference = spread(theirs, f", {peer}")
+                row.reference = spread(theirs, peer)
                 mean, other = statistics.fmean(values), statistics.fmean(theirs)
                 row.ratio = f"{mean / other:.3f}" if factor == 1 else f"{mean - other:+.2f} points"
                 if key != "accuracies_without_tta":
@@ -347,7 +348,8 @@ def beside_peers(result: dict[str, Any], peers: dict[str, dict[str, list[float]]
 def spread(values: list[float], of: str = "") -> str:
     """Mean, standard deviation and n, and what they are `of`."""
     deviation = f"std {statistics.stdev(values):.2f}, " if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f} ({deviation}n = {len(values)}{of})" if values else "-"
+    named = f", {of}" if of else ""
+    return f"{statistics.fmean(values):.2f} ({deviation}n = {len(values)}{named})" if values else "-"
 
 
 def _speedrun_step(args: argparse.Namespace, precision: str) -> float:

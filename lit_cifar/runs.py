@@ -140,11 +140,10 @@ def sorted_rows(rows: list[Row], key: str) -> list[Row]:
     """
     known = [row for row in rows if getattr(row, key) is not None]
     unknown = [row for row in rows if getattr(row, key) is None]
-
-    def order(row: Row) -> tuple[bool, Any]:
-        return key != "accuracy" or not row.num_test_left_out, getattr(row, key)
-
-    return sorted(known, key=order, reverse=key in BEST_FIRST) + unknown
+    known.sort(key=lambda row: getattr(row, key), reverse=key in BEST_FIRST)
+    if key == "accuracy":
+        known.sort(key=lambda row: row.num_test_left_out > 0)
+    return known + unknown
 
 
 def _text(value: Any) -> str | None:
